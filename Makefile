@@ -1,0 +1,77 @@
+# `make` lists the targets. PYTHON= names the interpreter (3.11 or newer) that the virtual environment is made of.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+VENV_STAMP := $(VENV)/.stamp-installed
+PYTEST_ARGS ?=
+
+# What the tests drive the project with; all are optional: a test that lacks its program says so and is skipped.
+DEBIAN_PACKAGES := qemu-utils qemu-system-common nbdkit nbd-client nbd-server libnbd-bin python3-libnbd \
+                   fio iproute2 nftables
+
+TEST_DIRS := $(wildcard tests/unit tests/interop tests/cluster tests/fuzz)
+BENCH_COLUMNS := min,median,mean,stddev,ops,rounds,iterations
+
+.PHONY: help venv setup demo test lint format bench clean
+
+help: ## list the targets
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
+	  printf '  %-8s %s\n' "$$name" "$$text"; done
+
+venv: $(VENV_STAMP) ## make .venv with the project and its tools (pip only)
+
+setup: venv ## venv, and as root on Debian also the programs that the tests use
+	@command -v dpkg-query >/dev/null || exit 0; \
+	missing=(); \
+	for package in $(DEBIAN_PACKAGES); do \
+	  [[ "$$(dpkg-query -W -f='$${db:Status-Status}' "$$package" 2>/dev/null || true)" == installed ]] \
+	    || missing+=("$$package"); \
+	done; \
+	(( $${#missing[@]} )) || exit 0; \
+	if (( EUID == 0 )) && command -v apt-get >/dev/null; then \
+	  export DEBIAN_FRONTEND=noninteractive; \
+	  { apt-get update -q && apt-get install -qy --no-install-recommends "$${missing[@]}"; } \
+	    || echo "setup: not installed: $${missing[*]}; the tests that need them will be skipped" >&2; \
+	else \
+	  echo "setup: not installed (that takes root): $${missing[*]}; the tests that need them will be skipped" >&2; \
+	fi
+
+$(VENV_STAMP): pyproject.toml
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "make: Python 3.11 or newer is needed: name one with PYTHON=/path/to/python3" >&2; exit 1; }
+	@# Debian splits ensurepip off into python3-venv, and without it leaves a half-made environment behind.
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null \
+	  || { (( EUID == 0 )) && command -v apt-get >/dev/null && apt-get update -q \
+	       && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends python3-venv; } \
+	  || { echo "make: $(PYTHON) has no venv module: install python3-venv" >&2; exit 1; }
+	@"$(BIN)/python" -c 'import pip' 2>/dev/null || "$(PYTHON)" -m venv --clear $(VENV)
+	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: venv ## two nodes on this machine: replicate, kill one, see the data again
+	@$(BIN)/python -m replica.demo
+
+test: setup ## all tests (PYTEST_ARGS= is passed on)
+	$(BIN)/python -m pytest $(TEST_DIRS) $(PYTEST_ARGS)
+
+lint: venv ## ruff (rules and format) and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: venv ## let ruff mend format and simple findings
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup ## write latency and throughput (pytest-benchmark)
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-sort=name --benchmark-columns=$(BENCH_COLUMNS) \
+	  --timeout=0 $(PYTEST_ARGS)
+
+clean: ## remove everything that was made
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""An NBD server for anything that implements `nbdserver.export.Export`."""

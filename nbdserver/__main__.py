@@ -1,0 +1,107 @@
+"""`python -m nbdserver FILE`: serve one file or block device."""
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from urllib.parse import quote
+
+import uvloop
+
+from nbdserver.blockfile import BlockFile, BlockFileError
+from nbdserver.constants import MAX_STRING_BYTES
+from nbdserver.file_export import FileExport
+from nbdserver.server import DEFAULT_PORT, ListenError, Server
+
+_FIRST_PASSED_FD = 3  # sd_listen_fds(3)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 stopped by a signal, 1 refused with one sentence, 2 usage."""
+    options = _parse(arguments)
+    logging.basicConfig(format="nbdserver: %(message)s", level=logging.WARNING)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(options))
+    except (BlockFileError, ListenError) as error:
+        print(f"nbdserver: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 1
+    return 0
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="nbdserver", description="Serve a file or block device over NBD.")
+    parser.add_argument("file", help="regular file or block device")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--listen",
+        metavar="HOST:PORT",
+        type=_host_and_port,
+        default=("127.0.0.1", DEFAULT_PORT),
+        help=f"TCP address; port 0 takes a free one (default: 127.0.0.1:{DEFAULT_PORT})",
+    )
+    where.add_argument("--unix", metavar="PATH", type=os.path.abspath, help="unix socket instead of TCP")
+    parser.add_argument("--read-only", action="store_true", help="refuse to change anything")
+    parser.add_argument(
+        "--export", metavar="NAME", type=_export_name, default="", help="name of the export; it is also the default"
+    )
+    return parser.parse_args(arguments)
+
+
+def _export_name(text: str) -> str:
+    if len(os.fsencode(text)) > MAX_STRING_BYTES:
+        raise argparse.ArgumentTypeError(f"the name is longer than {MAX_STRING_BYTES} bytes")
+    return text
+
+
+def _host_and_port(text: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT, for example 127.0.0.1:{DEFAULT_PORT}")
+    return host.removeprefix("[").removesuffix("]") or "0.0.0.0", int(port)
+
+
+async def _serve(options: argparse.Namespace) -> None:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    file = BlockFile.open(options.file, read_only=options.read_only)
+    try:
+        export = FileExport(file, name=options.export, read_only=options.read_only)
+        server = Server(default=export)
+        print(f"serving {options.file} at {await _listen(server, options)}", flush=True)
+        await stop.wait()
+        for number in (signal.SIGTERM, signal.SIGINT):  # again: do not wait for clients
+            loop.add_signal_handler(number, server.abort)
+        await server.stop()
+        if not options.read_only:
+            await export.flush()
+    finally:
+        file.close()
+
+
+async def _listen(server: Server, options: argparse.Namespace) -> str:
+    """Start listening and return the URI for clients."""
+    name = quote(options.export, safe="")
+    if os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS") == "1":
+        sock = socket.socket(fileno=_FIRST_PASSED_FD)
+        await server.listen_socket(sock)
+        if sock.family == socket.AF_UNIX:
+            return f"nbd+unix:///{name}?socket={quote(str(sock.getsockname()))}"
+        host, port = sock.getsockname()[:2]
+    elif options.unix is not None:
+        await server.listen_unix(options.unix)
+        return f"nbd+unix:///{name}?socket={quote(options.unix)}"
+    else:
+        host, port = (await server.listen_tcp(*options.listen))[0]
+    return f"nbd://{f'[{host}]' if ':' in host else host}:{port}/{name}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

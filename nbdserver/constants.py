@@ -1,0 +1,83 @@
+"""Numbers of the NBD protocol (NetworkBlockDevice/nbd, doc/proto.md) and this server's own limits."""
+
+# Handshake: greeting, client flags
+INIT_MAGIC = 0x4E42444D41474943  # "NBDMAGIC"
+OPTION_MAGIC = 0x49484156454F5054  # "IHAVEOPT"
+OPTION_REPLY_MAGIC = 0x0003E889045565A9
+
+FLAG_FIXED_NEWSTYLE = 1 << 0
+FLAG_NO_ZEROES = 1 << 1
+
+OPT_EXPORT_NAME = 1
+OPT_ABORT = 2
+OPT_LIST = 3
+OPT_STARTTLS = 5
+OPT_INFO = 6
+OPT_GO = 7
+OPT_STRUCTURED_REPLY = 8
+OPT_LIST_META_CONTEXT = 9
+OPT_SET_META_CONTEXT = 10
+
+REP_ACK = 1
+REP_SERVER = 2
+REP_INFO = 3
+REP_ERR_UNSUP = (1 << 31) + 1
+REP_ERR_POLICY = (1 << 31) + 2
+REP_ERR_INVALID = (1 << 31) + 3
+REP_ERR_UNKNOWN = (1 << 31) + 6
+REP_ERR_SHUTDOWN = (1 << 31) + 7
+REP_ERR_TOO_BIG = (1 << 31) + 9
+
+INFO_EXPORT = 0
+INFO_NAME = 1
+INFO_DESCRIPTION = 2
+INFO_BLOCK_SIZE = 3
+
+# Transmission flags (sent with the export's size)
+EXPORT_HAS_FLAGS = 1 << 0
+EXPORT_READ_ONLY = 1 << 1
+EXPORT_SEND_FLUSH = 1 << 2
+EXPORT_SEND_FUA = 1 << 3
+EXPORT_SEND_TRIM = 1 << 5
+EXPORT_SEND_WRITE_ZEROES = 1 << 6
+EXPORT_CAN_MULTI_CONN = 1 << 8
+
+# Transmission
+REQUEST_MAGIC = 0x25609513
+SIMPLE_REPLY_MAGIC = 0x67446698
+
+CMD_READ = 0
+CMD_WRITE = 1
+CMD_DISC = 2
+CMD_FLUSH = 3
+CMD_TRIM = 4
+CMD_CACHE = 5
+CMD_WRITE_ZEROES = 6
+CMD_BLOCK_STATUS = 7
+
+CMD_FLAG_FUA = 1 << 0
+CMD_FLAG_NO_HOLE = 1 << 1
+CMD_FLAG_DF = 1 << 2
+CMD_FLAG_REQ_ONE = 1 << 3
+CMD_FLAG_FAST_ZERO = 1 << 4
+
+# The protocol's error numbers; nothing else may appear on the wire.
+EPERM = 1
+EIO = 5
+ENOMEM = 12
+EINVAL = 22
+ENOSPC = 28
+EOVERFLOW = 75
+ENOTSUP = 95
+ESHUTDOWN = 108
+
+# Limits of the protocol text
+MAX_STRING_BYTES = 4096
+
+# Limits of this server
+MAX_OPTION_BYTES = 64 * 1024
+MAX_OPTIONS = 256
+MIN_BLOCK_BYTES = 1
+PREFERRED_BLOCK_BYTES = 4096
+MAX_BLOCK_BYTES = 32 * 1024 * 1024  # advertised; some clients send more without asking, so more is accepted
+MAX_REQUEST_BYTES = 48 * 1024 * 1024

@@ -1,0 +1,255 @@
+"""The fixed newstyle handshake as a state machine without I/O: bytes in, bytes and an outcome out.
+
+Source: NetworkBlockDevice/nbd, doc/proto.md, "Newstyle negotiation" and "Option types".
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from struct import Struct
+from typing import Protocol
+
+from nbdserver import constants as c
+from nbdserver.export import Export
+
+_GREETING = Struct(">QQH")
+_CLIENT_FLAGS = Struct(">I")
+_OPTION = Struct(">QII")
+_OPTION_REPLY = Struct(">QIII")
+_U32 = Struct(">I")
+_U16 = Struct(">H")
+_EXPORT_NAME_REPLY = Struct(">QH")
+_INFO_EXPORT = Struct(">HQH")
+_INFO_BLOCK_SIZE = Struct(">HIII")
+
+_KNOWN_CLIENT_FLAGS = c.FLAG_FIXED_NEWSTYLE | c.FLAG_NO_ZEROES
+
+GREETING = _GREETING.pack(c.INIT_MAGIC, c.OPTION_MAGIC, _KNOWN_CLIENT_FLAGS)
+
+
+class Directory(Protocol):
+    """Where the handshake looks exports up."""
+
+    @property
+    def shutting_down(self) -> bool: ...
+    def find(self, name: str) -> Export | None: ...
+    def listing(self) -> Iterable[Export]: ...
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The client chose this export: what follows is the transmission phase."""
+
+    export: Export
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The connection has to be closed after sending what is left. `reason` is for the log."""
+
+    reason: str
+
+
+Outcome = Opened | Ended
+
+
+class _OptionError(Exception):
+    """An option is answered with this error; haggling goes on."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+        self.text = text
+
+
+class Handshake:
+    """Feed it what the client sends after `GREETING`, send what it returns, until `outcome` is set.
+
+    Bytes behind the end of the handshake are left in `rest`.
+    """
+
+    def __init__(self, directory: Directory) -> None:
+        self.outcome: Outcome | None = None
+        self._directory = directory
+        self._input = bytearray()
+        self._output: list[bytes] = []
+        self._have_client_flags = False
+        self._no_zeroes = False
+        self._options_seen = 0
+        # An option that is not in this table is drained and answered with ERR_UNSUP. What STARTTLS,
+        # STRUCTURED_REPLY and meta contexts negotiate is state of this object, so they are methods too.
+        self._handlers: dict[int, Callable[[bytes], None]] = {
+            c.OPT_EXPORT_NAME: self._on_export_name,
+            c.OPT_ABORT: self._on_abort,
+            c.OPT_LIST: self._on_list,
+            c.OPT_INFO: self._on_info,
+            c.OPT_GO: self._on_go,
+        }
+
+    @property
+    def rest(self) -> bytes:
+        return bytes(self._input)
+
+    def feed(self, data: bytes | memoryview) -> bytes:
+        """Take what was received, in whatever pieces, and return what has to be sent."""
+        self._input += data
+        while self.outcome is None and self._step():
+            pass
+        output = b"".join(self._output)
+        self._output.clear()
+        return output
+
+    def _step(self) -> bool:
+        if not self._have_client_flags:
+            if len(self._input) < _CLIENT_FLAGS.size:
+                return False
+            (flags,) = _CLIENT_FLAGS.unpack(self._take(_CLIENT_FLAGS.size))
+            self._on_client_flags(flags)
+            return True
+        if len(self._input) < _OPTION.size:
+            return False
+        magic, option, length = _OPTION.unpack_from(self._input)
+        if magic != c.OPTION_MAGIC:
+            self.outcome = Ended("it sent something that is not an NBD option")
+            return False
+        if length > c.MAX_OPTION_BYTES:
+            self.outcome = Ended(f"it sent an option of {length} bytes (at most {c.MAX_OPTION_BYTES})")
+            return False
+        if len(self._input) < _OPTION.size + length:
+            return False
+        self._take(_OPTION.size)
+        self._on_option(option, self._take(length))
+        return True
+
+    def _take(self, length: int) -> bytes:
+        data = bytes(self._input[:length])
+        del self._input[:length]
+        return data
+
+    def _on_client_flags(self, flags: int) -> None:
+        if flags & ~_KNOWN_CLIENT_FLAGS:
+            self.outcome = Ended(f"it sent unknown client flags {flags:#x}")
+            return
+        self._have_client_flags = True
+        self._no_zeroes = bool(flags & c.FLAG_NO_ZEROES)
+
+    def _on_option(self, option: int, data: bytes) -> None:
+        self._options_seen += 1
+        if self._options_seen > c.MAX_OPTIONS:
+            self.outcome = Ended(f"it sent more than {c.MAX_OPTIONS} options")
+            return
+        handler = self._handlers.get(option)
+        try:
+            if self._directory.shutting_down and option not in (c.OPT_ABORT, c.OPT_EXPORT_NAME):
+                raise _OptionError(c.REP_ERR_SHUTDOWN, "the server is shutting down")
+            if handler is None:
+                raise _OptionError(c.REP_ERR_UNSUP, f"option {option} is not supported")
+            handler(data)
+        except _OptionError as error:
+            if option == c.OPT_EXPORT_NAME:  # this option has no reply that could carry an error
+                self.outcome = Ended(error.text)
+            else:
+                self._reply(option, error.code, _cut(error.text))
+
+    def _reply(self, option: int, kind: int, data: bytes = b"") -> None:
+        self._output.append(_OPTION_REPLY.pack(c.OPTION_REPLY_MAGIC, option, kind, len(data)) + data)
+
+    def _on_export_name(self, data: bytes) -> None:
+        if self._directory.shutting_down:
+            raise _OptionError(c.REP_ERR_SHUTDOWN, "the server is shutting down")
+        export = self._open(_name(data))
+        self._output.append(_EXPORT_NAME_REPLY.pack(export.size_bytes, transmission_flags(export)))
+        if not self._no_zeroes:
+            self._output.append(bytes(124))
+        self.outcome = Opened(export)
+
+    def _on_abort(self, data: bytes) -> None:
+        _no_data("ABORT", data)
+        self._reply(c.OPT_ABORT, c.REP_ACK)
+        self.outcome = Ended("it ended the handshake")
+
+    def _on_list(self, data: bytes) -> None:
+        _no_data("LIST", data)
+        for export in self._directory.listing():
+            name = export.name.encode()
+            self._reply(c.OPT_LIST, c.REP_SERVER, _U32.pack(len(name)) + name + _cut(export.description))
+        self._reply(c.OPT_LIST, c.REP_ACK)
+
+    def _on_info(self, data: bytes) -> None:
+        self._describe(c.OPT_INFO, data)
+
+    def _on_go(self, data: bytes) -> None:
+        self.outcome = Opened(self._describe(c.OPT_GO, data))
+
+    def _describe(self, option: int, data: bytes) -> Export:
+        name, wanted = _parse_info(data)
+        export = self._open(name)
+        flags = transmission_flags(export)
+        self._reply(option, c.REP_INFO, _INFO_EXPORT.pack(c.INFO_EXPORT, export.size_bytes, flags))
+        for info in wanted:  # an unknown one is ignored, as the protocol wants it
+            if info == c.INFO_NAME:
+                self._reply(option, c.REP_INFO, _U16.pack(info) + export.name.encode())
+            elif info == c.INFO_DESCRIPTION:
+                self._reply(option, c.REP_INFO, _U16.pack(info) + _cut(export.description))
+            elif info == c.INFO_BLOCK_SIZE:
+                sizes = (c.MIN_BLOCK_BYTES, c.PREFERRED_BLOCK_BYTES, c.MAX_BLOCK_BYTES)
+                self._reply(option, c.REP_INFO, _INFO_BLOCK_SIZE.pack(info, *sizes))
+        self._reply(option, c.REP_ACK)
+        return export
+
+    def _open(self, name: str) -> Export:
+        export = self._directory.find(name)
+        if export is None:
+            raise _OptionError(c.REP_ERR_UNKNOWN, f"there is no export named {name[:200]!r} here")
+        refusal = export.refusal()
+        if refusal is not None:
+            raise _OptionError(c.REP_ERR_UNKNOWN, refusal)
+        return export
+
+
+def transmission_flags(export: Export) -> int:
+    """The 16 flag bits that tell a client what the export can do."""
+    flags = c.EXPORT_HAS_FLAGS | c.EXPORT_SEND_FLUSH | c.EXPORT_SEND_FUA | c.EXPORT_CAN_MULTI_CONN
+    if export.read_only:
+        return flags | c.EXPORT_READ_ONLY
+    return flags | c.EXPORT_SEND_TRIM | c.EXPORT_SEND_WRITE_ZEROES
+
+
+def _cut(text: str) -> bytes:
+    """UTF-8 of at most the protocol's string length, never cut inside a character."""
+    encoded = text.encode()[: c.MAX_STRING_BYTES]
+    return encoded.decode(errors="ignore").encode()
+
+
+def _no_data(what: str, data: bytes) -> None:
+    if data:
+        raise _OptionError(c.REP_ERR_INVALID, f"option {what} takes no data but had {len(data)} bytes")
+
+
+def _name(data: bytes) -> str:
+    if len(data) > c.MAX_STRING_BYTES:
+        raise _OptionError(
+            c.REP_ERR_TOO_BIG, f"the export name has {len(data)} bytes (at most {c.MAX_STRING_BYTES})"
+        )
+    if b"\0" in data:
+        raise _OptionError(c.REP_ERR_INVALID, "the export name contains a NUL byte")
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise _OptionError(c.REP_ERR_INVALID, "the export name is not UTF-8") from None
+
+
+def _parse_info(data: bytes) -> tuple[str, list[int]]:
+    """Name and the wanted infos (each once) of an INFO or GO option."""
+    lengths_error = _OptionError(c.REP_ERR_INVALID, "the lengths inside the option do not fit its length")
+    if len(data) < _U32.size + _U16.size:
+        raise lengths_error
+    (name_length,) = _U32.unpack_from(data)
+    infos_at = _U32.size + name_length
+    if infos_at + _U16.size > len(data):
+        raise lengths_error
+    (count,) = _U16.unpack_from(data, infos_at)
+    if infos_at + _U16.size + count * _U16.size != len(data):
+        raise lengths_error
+    name = _name(data[_U32.size : infos_at])
+    infos = [info for (info,) in _U16.iter_unpack(data[infos_at + _U16.size :])]
+    return name, list(dict.fromkeys(infos))

@@ -1,0 +1,3 @@
+"""Replica: two-node block replication with failover, in user space."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,314 @@
+"""The configuration: one TOML file, the same on every node, seen from one of them.
+
+Every error is a `ConfigError` that names the file, the line when it can be found, and the key. Nothing is
+guessed: an unknown key is an error, so that a typo can never silently leave a default in force.
+"""
+
+import os
+import stat
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from replica import config_values as values
+from replica.config_file import ConfigError, ConfigFile, Table, suggestion
+from replica.config_values import Listen
+from replica.toml_lines import KeyPath
+
+__all__ = ["Cluster", "Config", "ConfigError", "Listen", "Node", "Resource", "ResourceSide", "load_config"]
+
+DEFAULT_PATH = "/etc/replica/replica.toml"
+MIN_SECRET_BYTES = 16
+_MAX_SECRET_BYTES = 4096
+_NODES = 2
+_RESERVED_SECTIONS = ("heartbeat", "group", "fencing", "arbiter", "hooks")
+_RESERVED_RESOURCE_KEYS = ("after-split-brain",)
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """``[cluster]``. ``state_dir`` and ``run_dir`` are without the node's subfolder: use `Config`'s paths."""
+
+    name: str
+    secret_file: Path
+    state_dir: Path
+    run_dir: Path
+    secret: bytes = field(repr=False)  # without a final newline; empty when loaded with need_secret=False
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """``[node.NAME]``; ``address`` is an IP address or a host name."""
+
+    name: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class ResourceSide:
+    """The settings of a resource on one node: ``[resource.X]`` with ``[resource.X.on.NODE]`` applied."""
+
+    node: Node
+    protocol: str  # "A", "B" or "C"
+    port: int
+    nbd: Listen
+    backing: Path
+    data_integrity: bool
+    timeout_s: float
+    ping_interval_s: float
+    connect_interval_s: float
+    al_extents: int
+    settle_interval_s: float
+    settle_bytes: int
+    resync_rate_bytes_s: int | None  # None: unlimited
+    on_io_error: str  # "detach" or "pass-on"
+    max_nbd_connections: int
+    nbd_inflight_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resource:
+    """One resource: what holds on this node (``local``) and on the other (``peer``)."""
+
+    name: str
+    local: ResourceSide
+    peer: ResourceSide
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The whole file as node ``node`` sees it. ``resources`` is in the order of the file, never empty."""
+
+    path: Path
+    cluster: Cluster
+    node: Node
+    peer: Node
+    resources: Mapping[str, Resource]
+
+    def resource(self, name: str | None = None) -> Resource:
+        """The resource ``name``, or the only one when ``name`` is None; raises `ConfigError`."""
+        if name is None:
+            if len(self.resources) == 1:
+                return next(iter(self.resources.values()))
+            raise ConfigError(f"{self.path} has several resources: name one of {', '.join(self.resources)}")
+        if name not in self.resources:
+            hint = suggestion(name, self.resources) or f" (it has {', '.join(self.resources)})"
+            raise ConfigError(f"{self.path}: there is no [resource.{name}]{hint}")
+        return self.resources[name]
+
+    @property
+    def node_state_dir(self) -> Path:
+        return self.cluster.state_dir / self.node.name
+
+    @property
+    def node_run_dir(self) -> Path:
+        return self.cluster.run_dir / self.node.name
+
+    def metadata_path(self, resource: str, volume: int = 0) -> Path:
+        return self.node_state_dir / f"{resource}-{volume}.md"
+
+    def control_socket(self, resource: str) -> Path:
+        return self.node_run_dir / f"{resource}.sock"
+
+
+class _Setting(NamedTuple):
+    """A key of ``[resource.X]``: the field of `ResourceSide` it fills, its parser, its default."""
+
+    field: str
+    parse: Callable[[object], Any]
+    default: Any
+
+
+_REQUIRED = object()
+_MIB = 1 << 20
+_TIMEOUT = _Setting("timeout_s", values.seconds(0.1, 3600), 6.0)
+_RESOURCE_KEYS: dict[str, _Setting] = {
+    "protocol": _Setting("protocol", values.one_of("A", "B", "C"), "C"),
+    "port": _Setting("port", values.integer(1, 65535), _REQUIRED),
+    "nbd": _Setting("nbd", values.listen, _REQUIRED),
+    "backing": _Setting("backing", values.text, _REQUIRED),
+    "data-integrity": _Setting("data_integrity", values.boolean, False),
+    "timeout-s": _TIMEOUT,
+    "timeout": _TIMEOUT,
+    "ping-interval": _Setting("ping_interval_s", values.seconds(0.1, 3600), 10.0),
+    "connect-interval": _Setting("connect_interval_s", values.seconds(0.05, 3600), 1.0),
+    "al-extents": _Setting("al_extents", values.integer(7, 65534), 1237),
+    "settle-interval": _Setting("settle_interval_s", values.seconds(0.05, 3600), 5.0),
+    "settle-bytes": _Setting("settle_bytes", values.size_at_least(4096, "4K"), 64 * _MIB),
+    "resync-rate": _Setting("resync_rate_bytes_s", values.size_at_least(4096, "4K"), None),
+    "on-io-error": _Setting("on_io_error", values.one_of("detach", "pass-on"), "detach"),
+    "max-nbd-connections": _Setting("max_nbd_connections", values.integer(1, 65535), 64),
+    "nbd-inflight-bytes": _Setting("nbd_inflight_bytes", values.size_at_least(_MIB, "1M"), 64 * _MIB),
+}
+
+
+def load_config(path: str | Path | None = None, node: str | None = None, *, need_secret: bool = True) -> Config:
+    """Read the file as ``node`` sees it; raises `ConfigError`.
+
+    ``path`` defaults to ``$REPLICA_CONFIG`` or /etc/replica/replica.toml, ``node`` to ``$REPLICA_NODE`` or
+    the name of this machine. With ``need_secret=False`` the secret file is not looked at (for commands that
+    only talk to a daemon), and ``cluster.secret`` is empty.
+    """
+    file = ConfigFile(Path(path or os.environ.get("REPLICA_CONFIG") or DEFAULT_PATH).absolute())
+    top = file.table((), file.document)
+    top.check_keys(("cluster", "node", "resource"), reserved=_RESERVED_SECTIONS)
+    nodes = _read_nodes(file, top)
+    here = _this_node(file, node, nodes)
+    (peer,) = (other for other in nodes.values() if other is not here)
+    wanted = "describe at least one resource in [resource.NAME]"
+    table = top.subtable("resource", wanted)
+    resources = {name: _read_resource(table.subtable(name), here, peer) for name in table.items}
+    if not resources:
+        raise file.error(("resource",), f"is empty: {wanted}")
+    _check_clashes(file, resources)
+    cluster = _read_cluster(top.subtable("cluster", "name the cluster and its secret-file"), need_secret)
+    return Config(file.path, cluster, here, peer, resources)
+
+
+def _read_nodes(file: ConfigFile, top: Table) -> dict[str, Node]:
+    table = top.subtable("node", "describe both nodes in [node.NAME]")
+    nodes: dict[str, Node] = {}
+    for name in table.items:
+        _check_name(file, ("node", name), name)
+        settings = table.subtable(name)
+        settings.check_keys(("address",))
+        address = settings.value("address", values.address, "give the node's IP address or host name")
+        nodes[name] = Node(name, address)
+    if len(nodes) != _NODES:
+        raise file.error(("node",), f"exactly two nodes are supported, not {len(nodes)} ({', '.join(nodes) or 'none'})")
+    return nodes
+
+
+def _this_node(file: ConfigFile, name: str | None, nodes: dict[str, Node]) -> Node:
+    wanted = name or os.environ.get("REPLICA_NODE") or os.uname().nodename
+    if wanted not in nodes:
+        raise ConfigError(
+            f"{file.path}: there is no [node.{wanted}] (it has {', '.join(nodes)}): "
+            "say which node this is with --node or $REPLICA_NODE"
+        )
+    return nodes[wanted]
+
+
+def _read_cluster(table: Table, need_secret: bool) -> Cluster:
+    table.check_keys(("name", "secret-file", "state-dir", "run-dir"))
+    file = table.file
+    name = table.value("name", values.name, "name the cluster")
+    secret_file = file.resolve(table.value("secret-file", values.text, "name the file of the shared secret"))
+    state_dir, run_dir = (
+        file.resolve(table.value(key, values.text) if key in table.items else default)
+        for key, default in (("state-dir", "/var/lib/replica"), ("run-dir", "/run/replica"))
+    )
+    secret = _read_secret(file, secret_file) if need_secret else b""
+    return Cluster(name, secret_file, state_dir, run_dir, secret)
+
+
+def _read_secret(file: ConfigFile, path: Path) -> bytes:
+    def refuse(problem: str) -> ConfigError:
+        return file.error(("cluster", "secret-file"), f"{path} {problem}")
+
+    make_one = f"make one with `(umask 077; replicactl secret > {path})`, the same on both nodes"
+    try:
+        # Asked about and read through one descriptor; O_NONBLOCK so that a FIFO in its place cannot hang us.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise refuse(f"does not exist: {make_one}") from None
+    except OSError as error:
+        raise refuse(f"cannot be read ({error.strerror})") from None
+    with os.fdopen(descriptor, "rb") as stream:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise refuse(f"is not a regular file: {make_one}")
+        if status.st_uid not in (os.geteuid(), 0):
+            raise refuse(f"belongs to user {status.st_uid}: it must belong to root or to the user of replicad")
+        if status.st_mode & 0o077:
+            mode = stat.S_IMODE(status.st_mode)
+            raise refuse(f"has mode {mode:04o} and others may use it: run `chmod 600 {path}`")
+        secret = stream.read(_MAX_SECRET_BYTES + 1).rstrip(b"\r\n")
+    if not MIN_SECRET_BYTES <= len(secret) <= _MAX_SECRET_BYTES:
+        raise refuse(f"must hold from {MIN_SECRET_BYTES} to {_MAX_SECRET_BYTES} bytes: {make_one}")
+    return secret
+
+
+def _read_resource(table: Table, here: Node, peer: Node) -> Resource:
+    name = table.key[-1]
+    _check_name(table.file, table.key, name)
+    common = _read_settings(table, also_known=("on",))
+    overrides: dict[str, dict[str, Any]] = {}
+    if "on" in table.items:
+        on = table.subtable("on")
+        on.check_keys((here.name, peer.name))
+        overrides = {node: _read_settings(on.subtable(node)) for node in on.items}
+    return Resource(
+        name=name,
+        local=_side(table, here, common | overrides.get(here.name, {})),
+        peer=_side(table, peer, common | overrides.get(peer.name, {})),
+    )
+
+
+def _read_settings(table: Table, also_known: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The keys that stand in ``table``, as fields of `ResourceSide`; no defaults."""
+    file = table.file
+    table.check_keys((*_RESOURCE_KEYS, *also_known), reserved=_RESERVED_RESOURCE_KEYS)
+    settings: dict[str, Any] = {}
+    for name, key in _RESOURCE_KEYS.items():
+        if name not in table.items:
+            continue
+        if key.field in settings:
+            raise file.error((*table.key, name), "is another spelling of timeout-s: keep one of them")
+        value = table.value(name, key.parse)
+        if name == "backing":
+            value = file.resolve(value)
+        elif isinstance(value, Listen) and value.unix_path is not None:
+            value = _unix_listen(table, file.resolve(value.unix_path))
+        settings[key.field] = value
+    return settings
+
+
+def _unix_listen(table: Table, path: Path) -> Listen:
+    limit = values.MAX_UNIX_PATH_BYTES
+    if len(os.fsencode(path)) > limit:
+        problem = f"must be a path of at most {limit} bytes, not {path}"
+        raise table.file.error((*table.key, "nbd"), problem)
+    return Listen(unix_path=str(path))
+
+
+def _side(table: Table, node: Node, given: dict[str, Any]) -> ResourceSide:
+    settings = {key.field: key.default for key in _RESOURCE_KEYS.values()} | given
+    for name, key in _RESOURCE_KEYS.items():
+        if settings[key.field] is _REQUIRED:
+            on = f"[{'.'.join(table.key)}.on.{node.name}]"
+            raise table.file.error((*table.key, name), f"is missing for {node.name}: set it here or in {on}")
+    return ResourceSide(node=node, **settings)
+
+
+def _check_name(file: ConfigFile, key: KeyPath, name: str) -> None:
+    try:
+        values.name(name)
+    except ValueError as error:
+        raise file.error(key, str(error)) from None
+
+
+def _check_clashes(file: ConfigFile, resources: Mapping[str, Resource]) -> None:
+    """Refuse what two resources of a node, or two nodes of one machine, cannot both use."""
+    users: dict[tuple[str, str, object], str] = {}
+    for resource in resources.values():
+        for side in (resource.local, resource.peer):
+            used: list[tuple[str, str, object]] = [
+                ("port", side.node.address, side.port),
+                ("nbd", side.node.name, side.nbd),
+                ("backing", side.node.name, side.backing),
+            ]
+            for use in used:
+                key, _, thing = use
+                user = f"{resource.name} on {side.node.name}"
+                other = users.setdefault(use, user)
+                if other != user:
+                    problem = f"{thing} is used by {other} already: {user} needs its own"
+                    raise file.error(_place(file, resource.name, side.node.name, key), problem)
+
+
+def _place(file: ConfigFile, resource: str, node: str, key: str) -> KeyPath:
+    """Where ``key`` is set for ``node``: its own table if that has the key, else the common one."""
+    own = ("resource", resource, "on", node, key)
+    return own if own in file.lines else ("resource", resource, key)

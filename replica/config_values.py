@@ -1,0 +1,137 @@
+"""Single values of the configuration: each parser takes what TOML gave and returns the checked value.
+
+Pure. A parser raises ``ValueError`` with the end of a sentence ("must be …, not …"); the caller puts the
+file, the line and the key in front of it.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+_SIZE = re.compile(r"(\d+)\s*(?:([KMGTP])(?:iB)?)?", re.ASCII)
+_SIZE_SHIFTS = {None: 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50}
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", re.ASCII)
+_HOST = re.compile(r"[A-Za-z0-9_.:%-]+", re.ASCII)
+_MAX_PORT = 65535
+# struct sockaddr_un has room for 108 bytes, one of them the final zero
+MAX_UNIX_PATH_BYTES = 107
+
+
+@dataclass(frozen=True, slots=True)
+class Listen:
+    """Where the NBD server listens: TCP ``host`` and ``port``, or the Unix socket ``unix_path``."""
+
+    host: str = ""
+    port: int = 0
+    unix_path: str | None = None
+
+    def __str__(self) -> str:
+        if self.unix_path is not None:
+            return f"unix:{self.unix_path}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def size(value: object) -> int:
+    """Bytes from an integer or from "512", "64K", "64M", "1G", "1GiB" (powers of 1024)."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError(f'must be a size in bytes or one like "64M" or "1G", not {value!r}')
+    return int(match[1]) << _SIZE_SHIFTS[match[2]]
+
+
+def size_at_least(minimum: int, shown: str) -> Callable[[object], int]:
+    """A parser of sizes of at least ``minimum`` bytes, which the message calls ``shown``."""
+
+    def parse(value: object) -> int:
+        bytes_ = size(value)
+        if bytes_ < minimum:
+            raise ValueError(f"must be at least {shown}, not {value!r}")
+        return bytes_
+
+    return parse
+
+
+def text(value: object) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"must be a non-empty string, not {value!r}")
+    return value
+
+
+def name(value: object) -> str:
+    """A name of a cluster, node or resource: it becomes part of file names and of messages."""
+    if not isinstance(value, str) or not _NAME.fullmatch(value):
+        raise ValueError(
+            f"must be a name of 1 to 64 letters, digits, '_', '.' or '-' that starts with none of "
+            f"the last two, not {value!r}"
+        )
+    return value
+
+
+def boolean(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"must be true or false, not {value!r}")
+    return value
+
+
+def integer(low: int, high: int) -> Callable[[object], int]:
+    """A parser of whole numbers from ``low`` to ``high``."""
+
+    def parse(value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ValueError(f"must be a whole number from {low} to {high}, not {value!r}")
+        return value
+
+    return parse
+
+
+def seconds(low: float, high: float) -> Callable[[object], float]:
+    """A parser of times from ``low`` to ``high`` seconds."""
+
+    def parse(value: object) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise ValueError(f"must be a number of seconds from {low:g} to {high:g}, not {value!r}")
+        return float(value)
+
+    return parse
+
+
+def one_of(*choices: str) -> Callable[[object], str]:
+    """A parser that accepts exactly the ``choices``."""
+    listed = ", ".join(choices[:-1]) + " or " + choices[-1]
+
+    def parse(value: object) -> str:
+        if not isinstance(value, str) or value not in choices:
+            raise ValueError(f"must be {listed}, not {value!r}")
+        return value
+
+    return parse
+
+
+def address(value: object) -> str:
+    """A host name or an IP address, without a port."""
+    if not isinstance(value, str) or not _HOST.fullmatch(value):
+        raise ValueError(f"must be an IP address or a host name, not {value!r}")
+    if value.count(":") == 1:
+        raise ValueError(f"must be an address without a port, not {value!r}: the port belongs to the resource")
+    return value
+
+
+def listen(value: object) -> Listen:
+    """``"host:port"``, ``"[v6]:port"`` or ``"unix:/path"`` (the path as it stands)."""
+    wanted = f'must be "host:port", "[v6-address]:port" or "unix:/path", not {value!r}'
+    if not isinstance(value, str):
+        raise ValueError(wanted)
+    if value.startswith("unix:"):
+        if not value.removeprefix("unix:"):
+            raise ValueError(wanted)
+        return Listen(unix_path=value.removeprefix("unix:"))
+    host, _, port = value.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    host = host[1:-1] if bracketed else host
+    if bracketed != (":" in host) or not _HOST.fullmatch(host):
+        raise ValueError(wanted)
+    if not (port.isascii() and port.isdigit() and 0 < int(port) <= _MAX_PORT):
+        raise ValueError(f"must have a port from 1 to {_MAX_PORT} after the last colon, not {value!r}")
+    return Listen(host=host, port=int(port))

@@ -1,0 +1,169 @@
+"""Keeps one authenticated link to the peer: dials or accepts, replaces, and gives up when told to.
+
+Of the two nodes the one named first in the configuration dials and the other listens, so that two connections made at
+the same moment never have to be told apart.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from replica.auth import NONCE_BYTES
+from replica.errors import ReplicaError
+from replica.link import LinkSettings, PeerLink
+from replica.runtime import Listener, Runtime
+
+log = logging.getLogger("replica.link")
+
+#: Connections that have not proven themselves yet; more are turned away.
+MAX_GREETINGS: Final = 8
+DIAL_TIMEOUT_S: Final = 5.0
+
+
+@dataclass(frozen=True)
+class Endpoints:
+    """Where the two ends of the link are."""
+
+    local_host: str
+    peer_host: str
+    port: int
+    peer_port: int
+    dialer: bool
+    connect_interval_s: float
+
+
+class Connector:
+    """Owner of the links of one resource. At most one is open; a newer one takes the older one's place."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        endpoints: Endpoints,
+        settings: LinkSettings,
+        opened: Callable[[PeerLink], None],
+        closed: Callable[[PeerLink, str], None],
+        failed: Callable[[str], None],
+    ) -> None:
+        self._runtime = runtime
+        self._endpoints = endpoints
+        self._settings = settings
+        self._opened = opened
+        self._closed = closed
+        self._failed = failed
+        self._listener: Listener | None = None
+        self._dialing: asyncio.Task[None] | None = None
+        self._greeting: set[PeerLink] = set()
+        self._link: PeerLink | None = None
+        self._idle = asyncio.Event()
+        self._stand_alone = True
+
+    async def start(self) -> None:
+        """Listen, on the node that listens. Raises ReplicaError when the port is taken."""
+        if not self._endpoints.dialer:
+            self._listener = await self._runtime.listen(
+                self._endpoints.local_host, self._endpoints.port, self._new_link
+            )
+
+    def connect(self) -> None:
+        """Leave StandAlone: dial, or accept what the peer dials."""
+        self._stand_alone = False
+        if self._endpoints.dialer and self._dialing is None:
+            self._dialing = asyncio.create_task(self._dial(), name="dial")
+
+    def disconnect(self, reason: str) -> None:
+        """Go StandAlone: close the link, stop dialing, turn the peer away."""
+        self._stand_alone = True
+        if self._dialing is not None:
+            self._dialing.cancel()
+            self._dialing = None
+        if self._link is not None:
+            self._link.refuse(reason)
+
+    async def stop(self, reason: str) -> None:
+        """Let go of everything."""
+        self.disconnect(reason)
+        for link in list(self._greeting):
+            link.close(reason)
+        if self._listener is not None:
+            self._listener.close()
+
+    # ── LinkOwner ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def link_opened(self, link: PeerLink) -> None:
+        """A connection has proven itself."""
+        self._greeting.discard(link)
+        if self._stand_alone:
+            identity = self._settings.identity
+            link.refuse(
+                f"{identity.resource} is StandAlone on {identity.node}: run `replicactl connect {identity.resource}` "
+                "there."
+            )
+            return
+        if self._link is not None:
+            self._link.close("the peer made a newer connection.")
+        self._link = link
+        self._opened(link)
+
+    def link_closed(self, link: PeerLink, reason: str) -> None:
+        """A connection has ended, proven or not."""
+        self._greeting.discard(link)
+        if link is self._link:
+            self._link = None
+            self._closed(link, reason)
+        elif not self._stand_alone:
+            self._complain(reason)
+        self._idle.set()
+
+    # ── inside ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _new_link(self) -> asyncio.BaseProtocol:
+        if len(self._greeting) >= MAX_GREETINGS:
+            return _TurnedAway()
+        link = PeerLink(
+            self._settings, self, self._runtime.random_bytes(NONCE_BYTES), dialer=self._endpoints.dialer
+        )
+        self._greeting.add(link)
+        return link
+
+    async def _dial(self) -> None:
+        """Dial until there is a link, wait until it ends, begin again — at once the first time."""
+        while True:
+            self._idle.clear()
+            was_open = await self._dial_once()
+            if not was_open:
+                await asyncio.sleep(self._endpoints.connect_interval_s)
+
+    async def _dial_once(self) -> bool:
+        """One attempt; returns when it has failed or its link has ended. True when the link had been open a while."""
+        host, port = self._endpoints.peer_host, self._endpoints.peer_port
+        link = self._new_link()
+        if not isinstance(link, PeerLink):
+            return False
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(DIAL_TIMEOUT_S):
+                await self._runtime.dial(host, port, self._endpoints.local_host, lambda: link)
+        except (OSError, TimeoutError, ReplicaError) as error:
+            self._greeting.discard(link)
+            words = getattr(error, "strerror", None) or str(error) or "no answer"
+            self._complain(f"cannot reach {self._settings.identity.peer} at {host}:{port} ({words}).")
+            return False
+        began_s = loop.time()
+        while not link.closed:
+            await self._idle.wait()
+            self._idle.clear()
+        return link.session != 0 and loop.time() - began_s >= self._endpoints.connect_interval_s
+
+    def _complain(self, sentence: str) -> None:
+        self._failed(sentence)
+
+
+class _TurnedAway(asyncio.Protocol):
+    """Too many unproven connections at once: the newest is closed unread."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        with contextlib.suppress(OSError):
+            transport.close()

@@ -1,0 +1,163 @@
+"""`replicad RESOURCE`: one resource in the foreground, until SIGTERM or SIGINT."""
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+import uvloop
+
+from nbdserver.limits import Limits
+from nbdserver.server import ListenError, Server
+from replica import config as cfg
+from replica.control import ControlServer, SendEvent
+from replica.errors import ReplicaError
+from replica.resource import Resource
+from replica.runtime import HostRuntime
+
+log = logging.getLogger("replica")
+
+#: A watcher sees progress at least this often while a resync runs.
+PROGRESS_INTERVAL_S: Final = 0.5
+
+
+class Daemon:
+    """One resource with its NBD server and its control socket."""
+
+    def __init__(self, config: cfg.Config, resource: cfg.Resource) -> None:
+        self._config = config
+        self._cfg = resource
+        self.resource = Resource(config, resource, HostRuntime())
+        self._control = ControlServer(config.control_socket(resource.name), self._handle)
+        settings = resource.local
+        limits = Limits(max_connections=settings.max_nbd_connections, in_flight_bytes=settings.nbd_inflight_bytes)
+        self._nbd = Server(default=self.resource.export, limits=limits)
+        self._verbs = self._make_verbs()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serve until `stop`. Raises ReplicaError when it cannot start."""
+        # The control socket first: its lock says that no other replicad serves this resource on this node.
+        await self._control.start()
+        try:
+            await self.resource.start()
+            try:
+                await self._listen()
+                _notify_supervisor("READY=1")
+                log.info(
+                    "%s: %s is up, NBD at %s",
+                    self.resource.name,
+                    self.resource.node_name,
+                    self._cfg.local.nbd,
+                )
+                await stop.wait()
+                _notify_supervisor("STOPPING=1")
+            finally:
+                self._nbd.close_listeners()
+                await self.resource.stop()
+                await self._nbd.stop()
+        finally:
+            await self._control.stop()
+
+    async def _listen(self) -> None:
+        listen = self._cfg.local.nbd
+        try:
+            if listen.unix_path is not None:
+                await self._nbd.listen_unix(listen.unix_path)
+            else:
+                await self._nbd.listen_tcp(listen.host, listen.port)
+        except ListenError as error:
+            raise ReplicaError(str(error)) from None
+
+    # ── control ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _make_verbs(self) -> dict[str, Callable[[dict[str, Any]], Awaitable[None]]]:
+        verbs = self.resource.verbs
+        return {
+            "promote": lambda args: verbs.promote(force=bool(args.get("force"))),
+            "demote": lambda args: verbs.demote(force=bool(args.get("force"))),
+            "takeover": lambda args: verbs.takeover(),
+            "connect": lambda args: verbs.connect(discard_my_data=bool(args.get("discard_my_data"))),
+            "disconnect": lambda args: verbs.disconnect(),
+            "attach": lambda args: verbs.attach(),
+            "detach": lambda args: verbs.detach(),
+            "invalidate": lambda args: verbs.invalidate(),
+            "invalidate-remote": lambda args: verbs.invalidate_remote(),
+            "outdate": lambda args: verbs.outdate(),
+            "pause-sync": lambda args: verbs.pause_sync(paused=True),
+            "resume-sync": lambda args: verbs.pause_sync(paused=False),
+        }
+
+    async def _handle(self, verb: str, args: dict[str, Any], send_event: SendEvent) -> Any:
+        if verb == "status":
+            return self.resource.status()
+        if verb == "watch":
+            return await self._watch(send_event)
+        action = self._verbs.get(verb)
+        if action is None:
+            raise ReplicaError(f"replicad does not know the verb {verb!r}: is replicactl of a newer version?")
+        log.info("%s: operator: %s %s", self.resource.name, verb, args or "")
+        await action(args)
+        return self.resource.status()
+
+    async def _watch(self, send_event: SendEvent) -> None:
+        """Stream the status: at once, at each change, and regularly while a resync runs. Ends with the client."""
+        async with self.resource.watch() as changed:
+            while True:
+                changed.clear()
+                await send_event(self.resource.status())
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(PROGRESS_INTERVAL_S if self.resource.syncing else None):
+                        await changed.wait()
+
+
+def _notify_supervisor(message: str) -> None:
+    """Tell systemd (sd_notify(3)); nothing when it did not start us."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.connect("\0" + address[1:] if address.startswith("@") else address)
+        notify.send(message.encode())
+
+
+async def _serve(config: cfg.Config, resource: cfg.Resource) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await Daemon(config, resource).run(stop)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point. Exit status: 0 stopped, 1 could not start (one sentence on stderr), 2 usage."""
+    parser = argparse.ArgumentParser(
+        prog="replicad", description="Runs one Replica resource in the foreground, until SIGTERM."
+    )
+    parser.add_argument("resource", metavar="RESOURCE", help="name of a [resource.NAME] section")
+    parser.add_argument("--config", help="configuration file ($REPLICA_CONFIG, /etc/replica/replica.toml)")
+    parser.add_argument("--node", help="this node's name ($REPLICA_NODE, uname -n)")
+    parser.add_argument("--log-level", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    args = parser.parse_args(argv)
+    under_systemd = "JOURNAL_STREAM" in os.environ
+    logging.basicConfig(
+        level=args.log_level,
+        stream=sys.stderr,
+        format="%(levelname)s %(message)s" if under_systemd else "%(asctime)s %(levelname)s %(message)s",
+    )
+    try:
+        config = cfg.load_config(args.config, args.node)
+        uvloop.run(_serve(config, config.resource(args.resource)))
+    except ReplicaError as error:
+        print(f"replicad: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,356 @@
+"""One resource on one node: its role, its local copy, its link to the peer, and what must be durable about them.
+
+What an operator can ask of it is in `replica.verbs`; what a link does in `replica.session`.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+from replica import auth, wire
+from replica import config as cfg
+from replica.connector import Connector, Endpoints
+from replica.disk import LocalDisk, open_disk
+from replica.errors import Refused, ReplicaError
+from replica.export import ResourceExport
+from replica.generation import Side, started_alone
+from replica.link import LinkSettings, PeerLink
+from replica.metadata import Superblock
+from replica.runtime import Runtime
+from replica.session import Session
+from replica.states import SYNCING, Connection, Disk, Replication, Role, State, local_disk
+from replica.status import SyncProgress, status_document
+from replica.verbs import Verbs
+from replica.volume import Volume, VolumeSettings
+
+log = logging.getLogger("replica.resource")
+
+
+class Resource:
+    """The whole of one resource on this node, from attaching its disk to serving its clients."""
+
+    def __init__(self, config: cfg.Config, resource: cfg.Resource, runtime: Runtime) -> None:
+        self.config = config
+        self.settings = resource.local
+        self.name = resource.name
+        self.node_name = config.node.name
+        self.peer_name = config.peer.name
+        self.admin = asyncio.Lock()
+        self.paused = False
+        self.discard_my_data = False
+        self.progress: SyncProgress | None = None
+        self.state = State(on_change=self.changed)
+        self._cfg = resource
+        self._runtime = runtime
+        self._attached: tuple[LocalDisk, Volume] | None = None
+        self.failed = False
+        self.demoting = False
+        self.link: PeerLink | None = None
+        self.session: Session | None = None
+        self._past_sessions: set[asyncio.Task[None]] = set()
+        self._told: dict[str, Any] = {}
+        self._watchers: set[asyncio.Event] = set()
+        self.connector = self._make_connector()
+        self.verbs = Verbs(self)
+        self.export = ResourceExport(self.name, 0, self._refuse_clients)
+
+    def _make_connector(self) -> Connector:
+        local, peer = self._cfg.local, self._cfg.peer
+        first = min((self.config.node, self.config.peer), key=lambda node: node.name)
+        settings = LinkSettings(
+            auth.Identity(
+                self.config.cluster.name,
+                self.name,
+                self.node_name,
+                self.peer_name,
+                local.protocol,
+                local.data_integrity,
+            ),
+            self.config.cluster.secret,
+            local.timeout_s,
+            local.ping_interval_s,
+        )
+        endpoints = Endpoints(
+            local_host=local.node.address,
+            peer_host=peer.node.address,
+            port=local.port,
+            peer_port=peer.port,
+            dialer=first.name == self.node_name,
+            connect_interval_s=local.connect_interval_s,
+        )
+        return Connector(self._runtime, endpoints, settings, self._link_opened, self._link_closed, self._link_failed)
+
+    # ── life ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def start(self) -> None:
+        """Attach the disk, listen or dial for the peer. Raises ReplicaError with everything as it was."""
+        await self.attach_disk()
+        try:
+            await self.connector.start()
+        except BaseException:
+            self.release_disk()
+            raise
+        self.state.change(connection=Connection.CONNECTING)
+        self.connector.connect()
+
+    async def stop(self) -> None:
+        """Hand over cleanly: demote, leave the peer, let go of the disk."""
+        if self.state.role is Role.PRIMARY:
+            with contextlib.suppress(ReplicaError, OSError):
+                await self.verbs.demote(force=True)
+        await self.connector.stop(f"replicad for {self.name} on {self.node_name} was stopped.")
+        await self.past_finished()
+        self.release_disk()
+
+    async def attach_disk(self) -> None:
+        disk = await open_disk(self.config, self._cfg, self._runtime)
+        settings = VolumeSettings(self.settings.protocol, self.settings.settle_interval_s, self.settings.settle_bytes)
+        volume = Volume(
+            settings,
+            disk.store,
+            disk.metadata,
+            disk.bitmap,
+            disk.activity_log,
+            self._record_alone,
+            self.disk_failed,
+        )
+        self._attached = (disk, volume)
+        self.failed = False
+        self.export.size_bytes = disk.size_bytes
+        for warning in disk.metadata.warnings:
+            log.warning("%s: %s", self.name, warning)
+
+    def release_disk(self) -> None:
+        if self._attached is not None:
+            disk, volume = self._attached
+            self._attached = None
+            self.export.serve(None)
+            volume.stop_timer()
+            disk.close()
+            self.changed()
+
+    # ── what others need to know ─────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def attached(self) -> bool:
+        """Whether there is a local copy in use."""
+        return self._attached is not None and not self.failed
+
+    @property
+    def disk(self) -> LocalDisk:
+        """The attached copy; Refused when there is none."""
+        if self._attached is None:
+            raise Refused(f"{self.name} has no disk on {self.node_name}: run `replicactl attach {self.name}`.")
+        return self._attached[0]
+
+    @property
+    def volume(self) -> Volume:
+        """The data path over the attached copy."""
+        if self._attached is None:
+            raise Refused(f"{self.name} has no disk on {self.node_name}: run `replicactl attach {self.name}`.")
+        return self._attached[1]
+
+    @property
+    def superblock(self) -> Superblock:
+        """The durable facts about the attached copy (durable once `save` returns)."""
+        return self.disk.metadata.superblock
+
+    @property
+    def disk_state(self) -> Disk:
+        """The state of the local copy."""
+        superblock = self._attached[0].metadata.superblock if self._attached else None
+        in_touch = self.state.replication in (
+            Replication.ESTABLISHED,
+            Replication.SYNC_SOURCE,
+            Replication.PAUSED_SYNC_S,
+        )
+        return local_disk(
+            attached=superblock is not None,
+            failed=self.failed,
+            inconsistent=superblock is not None and superblock.inconsistent,
+            outdated=superblock is not None and superblock.outdated,
+            current=self.state.role is Role.PRIMARY or in_touch,
+        )
+
+    def side(self) -> Side | None:
+        """This copy as the decision table sees it; None without a disk."""
+        if not self.attached:
+            return None
+        superblock = self.superblock
+        return Side(
+            node=self.node_name,
+            generations=superblock.generations,
+            size_bytes=superblock.size_bytes,
+            just_created=superblock.just_created,
+            inconsistent=superblock.inconsistent,
+            ahead=superblock.ahead,
+            is_primary=self.state.role is Role.PRIMARY,
+            dirty=self.disk.bitmap.count,
+            discard=self.discard_my_data,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """What the peer is told whenever it changes."""
+        return {"role": str(self.state.role), "disk": str(self.disk_state), "paused": self.paused}
+
+    def status(self) -> dict[str, Any]:
+        """The status document (docs/operations)."""
+        return status_document(self)
+
+    @contextlib.asynccontextmanager
+    async def watch(self) -> AsyncIterator[asyncio.Event]:
+        """An event that is set at each change of the status."""
+        event = asyncio.Event()
+        self._watchers.add(event)
+        try:
+            yield event
+        finally:
+            self._watchers.discard(event)
+
+    @property
+    def peer_address(self) -> str:
+        """Where the peer's clients are served, for messages."""
+        return str(self._cfg.peer.nbd)
+
+    def changed(self) -> None:
+        """Tell the peer and the watchers when what they see of this node is different now."""
+        facts = self.facts()
+        if facts != self._told and self.link is not None:
+            self._told = facts
+            self.link.send_map(wire.UPDATE, facts)
+        for event in self._watchers:
+            event.set()
+
+    def _refuse_clients(self) -> str | None:
+        """Why NBD clients are turned away, or None."""
+        state = self.state
+        if state.role is Role.PRIMARY and not self.demoting:
+            return None
+        if state.peer_role is Role.PRIMARY:
+            where = f"{self.peer_name} ({self._cfg.peer.node.address}, NBD at {self.peer_address}) is Primary"
+        else:
+            where = f"run `replicactl promote {self.name}` on the node that shall serve it"
+        return f"{self.name} is Secondary on {self.node_name}: {where}."
+
+    # ── durable changes ──────────────────────────────────────────────────────────────────────────────────────
+
+    async def save(self) -> None:
+        """Make the superblock durable; goes on to its end even when the caller is cancelled."""
+        await asyncio.shield(self.disk.metadata.save_superblock())
+
+    def new_generation(self) -> int:
+        """A fresh generation id."""
+        return self._runtime.random_id()
+
+    async def _record_alone(self) -> None:
+        """The in-sync set shrinks to this node: a new generation, and the peer known to be out of sync, durably
+        before the first write that it lacks is acknowledged (safety rule "Ack").
+        """
+        superblock = self.superblock
+        superblock.generations = started_alone(superblock.generations, self.new_generation())
+        superblock.peers[0].outdated = True
+        await self.save()
+        log.info(
+            "%s: goes on without %s as generation %016x",
+            self.name,
+            self.peer_name,
+            superblock.generations.current,
+        )
+
+    def disk_failed(self, error: OSError) -> None:
+        """The local disk reported an error (`on-io-error`)."""
+        if self.settings.on_io_error == "pass-on" or self.failed or self._attached is None:
+            return
+        self.failed = True
+        disk, volume = self._attached
+        log.error("%s: the disk %s failed (%s) and is no longer used.", self.name, self.settings.backing, error)
+        volume.abandon_store(error)
+        superblock = disk.metadata.superblock
+        superblock.inconsistent = True
+        self._background(self._record_failure(disk))
+        if self.state.role is Role.SECONDARY and self.link is not None:
+            self.link.refuse(f"the disk of {self.node_name} failed ({error.strerror or error}).")
+        self.changed()
+
+    async def _record_failure(self, disk: LocalDisk) -> None:
+        with contextlib.suppress(OSError):
+            await asyncio.shield(disk.metadata.save_superblock())
+
+    # ── the link ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _link_opened(self, link: PeerLink) -> None:
+        self.link = link
+        self._told = self.facts()
+        self.state.change(connection=Connection.CONNECTED, replication=Replication.NEGOTIATING, last_error="")
+        log.info("%s: connected to %s, session %016x", self.name, self.peer_name, link.session)
+        self.session = Session(self, link)
+
+    def _link_closed(self, link: PeerLink, reason: str) -> None:
+        self.link = None
+        session, self.session = self.session, None
+        if session is not None:
+            session.end()
+            self._background(session.finished())
+        if self._attached is not None:
+            self._attached[1].stop_mirroring()
+            if self.state.role is Role.PRIMARY and self.disk.bitmap.count:
+                # The peer may have lost what it had not flushed, under the same generation.
+                self.superblock.ahead = True
+        self.progress = None
+        changes: dict[str, Any] = {
+            "replication": Replication.OFF,
+            "peer_role": Role.UNKNOWN,
+            "peer_disk": Disk.UNKNOWN,
+        }
+        if self.state.connection is Connection.CONNECTED:
+            changes |= {"connection": Connection.CONNECTING, "last_error": reason}
+        self.state.change(**changes)
+
+    def _link_failed(self, reason: str) -> None:
+        if self.state.last_error != reason:
+            log.warning("%s: %s", self.name, reason)
+            self.state.change(last_error=reason)
+
+    def stand_alone(self, reason: str) -> None:
+        """Leave the peer until an operator says `connect`."""
+        log.error("%s: goes StandAlone: %s", self.name, reason)
+        self.state.change(connection=Connection.STAND_ALONE, last_error=reason)
+        self.connector.disconnect(reason)
+
+    def renegotiate(self, why: str) -> None:
+        """Make the link anew, so that both nodes decide again from what is true now."""
+        if self.link is not None:
+            self.link.refuse(why)
+
+    def pause(self, paused: bool) -> None:
+        """Hold a resync back on this node's account, or let it go on."""
+        self.paused = paused
+        if self.session is not None:
+            self.session.apply_pause()
+        self.changed()
+
+    def begin_sync(self, role: Replication) -> None:
+        """A resync starts: count its progress from here."""
+        self.progress = SyncProgress(self.disk.bitmap.count, asyncio.get_running_loop().time())
+        self.state.change(replication=role)
+
+    def end_sync(self) -> None:
+        """The resync is complete."""
+        self.progress = None
+
+    def _background(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._past_sessions.add(task)
+        task.add_done_callback(self._past_sessions.discard)
+
+    async def past_finished(self) -> None:
+        """Nothing read from a dead connection is still being applied."""
+        while self._past_sessions:
+            await asyncio.wait(set(self._past_sessions))
+
+    @property
+    def syncing(self) -> bool:
+        """Whether a resync is under way."""
+        return self.state.replication in SYNCING

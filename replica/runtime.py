@@ -1,0 +1,125 @@
+"""The seam between the node and the machine: disk, network and randomness come in through here.
+
+Time is the running event loop's clock and nothing else. A simulator puts its own `Runtime` (and its own loop) in this
+one's place and runs the node's code unchanged.
+"""
+
+import asyncio
+import contextlib
+import secrets
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from nbdserver.blockfile import BlockFile, BlockFileError
+from replica.errors import ReplicaError
+from replica.metadata import MetadataFile
+from replica.store import FileOfMetadata, FileStore, Store, backing_fingerprint
+
+ProtocolFactory = Callable[[], asyncio.BaseProtocol]
+
+
+class Listener(Protocol):
+    """Something that accepts connections until closed."""
+
+    def close(self) -> None: ...
+
+
+class ClosableMetadataFile(MetadataFile, Protocol):
+    """A metadata file that is held open (and locked) by this process."""
+
+    def close(self) -> None: ...
+
+
+class OpenBacking(Protocol):
+    """A backing file or device that this process holds exclusively."""
+
+    size_bytes: int
+    fingerprint: str
+
+    def store(self, size_bytes: int) -> Store:
+        """The first `size_bytes` of it as a store."""
+
+    def close(self) -> None: ...
+
+
+class Runtime(Protocol):
+    """What a node needs of its machine. All errors are ReplicaErrors with a sentence, or OSErrors of the network."""
+
+    def open_backing(self, path: Path) -> OpenBacking: ...
+
+    def open_metadata(self, path: Path) -> ClosableMetadataFile: ...
+
+    async def listen(self, host: str, port: int, factory: ProtocolFactory) -> Listener: ...
+
+    async def dial(self, host: str, port: int, local_host: str, factory: ProtocolFactory) -> None: ...
+
+    def random_bytes(self, count: int) -> bytes: ...
+
+    def random_id(self) -> int:
+        """A random 64-bit number other than 0."""
+
+
+class HostBacking:
+    """`OpenBacking` on the real machine."""
+
+    def __init__(self, file: BlockFile) -> None:
+        self._file = file
+        self.size_bytes = file.size_bytes
+        self.fingerprint = backing_fingerprint(file)
+
+    def store(self, size_bytes: int) -> Store:
+        """The first `size_bytes` of it as a store."""
+        return FileStore(self._file, size_bytes)
+
+    def close(self) -> None:
+        """Let go of it unless a store took it over (that closes it itself)."""
+        self._file.close()
+
+
+class HostRuntime:
+    """The real machine."""
+
+    def open_backing(self, path: Path) -> OpenBacking:
+        """Open and lock the backing; ReplicaError when it is missing, in use or not a disk."""
+        try:
+            return HostBacking(BlockFile.open(path))
+        except BlockFileError as error:
+            raise ReplicaError(str(error)) from None
+
+    def open_metadata(self, path: Path) -> ClosableMetadataFile:
+        """Open and lock the metadata file; ReplicaError when it is missing or in use."""
+        if not path.exists():
+            raise ReplicaError(f"{path}: there are no metadata yet: make them with `replicactl create-md`.")
+        try:
+            return FileOfMetadata.open(path)
+        except BlockFileError as error:
+            raise ReplicaError(str(error)) from None
+
+    async def listen(self, host: str, port: int, factory: ProtocolFactory) -> Listener:
+        """Accept connections on host:port; ReplicaError when the port is taken or the address is not ours."""
+        try:
+            return await asyncio.get_running_loop().create_server(factory, host, port, reuse_address=True)
+        except OSError as error:
+            raise ReplicaError(
+                f"cannot listen for the peer on {host}:{port} ({error.strerror or error}): "
+                "is another program using the port, or is the address not this node's?"
+            ) from None
+
+    async def dial(self, host: str, port: int, local_host: str, factory: ProtocolFactory) -> None:
+        """Connect to host:port from this node's own address; OSError when that fails."""
+        loop = asyncio.get_running_loop()
+        transport, _ = await loop.create_connection(factory, host, port, local_addr=(local_host, 0))
+        peer_socket = transport.get_extra_info("socket")
+        if peer_socket is not None:
+            with contextlib.suppress(OSError):
+                peer_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def random_bytes(self, count: int) -> bytes:
+        """Unpredictable bytes."""
+        return secrets.token_bytes(count)
+
+    def random_id(self) -> int:
+        """A random 64-bit number other than 0."""
+        return secrets.randbits(64) or 1

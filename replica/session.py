@@ -1,0 +1,404 @@
+"""What one link is used for, from its handshake to its end.
+
+A session begins when both ends have proven themselves. Both send their state, both run the same decision table
+(`replica.generation.decide`), and then the copies are brought in step. Everything a session started ends with it;
+`finished` tells when nothing that came over its link is still under way.
+
+The order of durable records is what makes every crash in between safe; it is told step by step where it happens.
+"""
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Any, Final
+
+from replica import wire
+from replica.bitmap import BLOCK_SIZE
+from replica.errors import ReplicaError
+from replica.generation import (
+    Generations,
+    Kind,
+    Side,
+    Verdict,
+    decide,
+    sync_finished_source,
+    sync_finished_target,
+    sync_started_source,
+    sync_started_target,
+)
+from replica.link import LinkLost, PeerLink
+from replica.mirror import Mirror
+from replica.resync import SyncSource, SyncTarget
+from replica.states import Disk, Replication, Role
+
+if TYPE_CHECKING:
+    from replica.resource import Resource
+
+log = logging.getLogger("replica.session")
+
+HANDSHAKE_TIMEOUT_S: Final = 60.0
+_BITMAP_MESSAGE_BYTES: Final = 256 << 10
+
+
+class Refusal(ReplicaError):
+    """The two nodes cannot work together as they are; the link goes StandAlone until an operator decides."""
+
+
+class Session:
+    """One link's handshake, replication and resync."""
+
+    def __init__(self, resource: "Resource", link: PeerLink) -> None:
+        self._resource = resource
+        self._link = link
+        self._mirror: Mirror | None = None
+        self._source: SyncSource | None = None
+        self._target: SyncTarget | None = None
+        self._peer_paused = False
+        link.expect(wire.STATE, wire.BITMAP, wire.SYNC_START, wire.SYNC_READY, wire.SYNC_FINISH, wire.SYNC_DONE)
+        link.handlers[wire.UPDATE] = self._on_update
+        link.handlers[wire.REQUEST] = self._on_request
+        self._requests: set[asyncio.Task[None]] = set()
+        self._task = asyncio.create_task(self._run(), name=f"session {link.session:016x}")
+
+    # ── life ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def end(self) -> None:
+        """The link is gone: stop what depends on it."""
+        self._task.cancel()
+
+    async def finished(self) -> None:
+        """Return when nothing this session started can change the disk or its records any more."""
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([self._task])
+        if self._mirror is not None:
+            await self._mirror.finished()
+        if self._target is not None:
+            await self._target.finished()
+
+    async def _run(self) -> None:
+        try:
+            async with self._resource.admin, asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+                await self._handshake()
+            if self._source is not None:
+                await self._run_source(self._source)
+            elif self._target is not None:
+                await self._run_target(self._target)
+        except LinkLost:
+            pass
+        except Refusal as refusal:
+            self._resource.stand_alone(str(refusal))
+        except TimeoutError:
+            self._link.refuse("the handshake was not complete in time.")
+        except wire.ProtocolError as error:
+            self._link.refuse(str(error))
+        except OSError as error:
+            self._resource.disk_failed(error)
+
+    # ── handshake ────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _handshake(self) -> None:
+        resource, link = self._resource, self._link
+        mine = resource.side()
+        link.send_map(wire.STATE, {**resource.facts(), "side": _side_as_map(mine)})
+        _, _, _, payload = await link.receive(wire.STATE)
+        message = wire.unpack_map(payload)
+        self._take_facts(message)
+        peer = _side_from_map(resource.peer_name, message.get("side"))
+        if mine is None or peer is None:
+            resource.state.change(replication=Replication.OFF)
+            return
+        if mine.size_bytes != peer.size_bytes:
+            raise Refusal(
+                f"the volume has {mine.size_bytes} bytes on {mine.node} and {peer.size_bytes} on {peer.node}: make "
+                "them equal with `replicactl create-md --size` on the node whose copy is to be replaced."
+            )
+        verdict = decide(mine, peer)
+        log.info("%s: %s", resource.name, verdict.reason)
+        if verdict.kind in (Kind.SPLIT_BRAIN, Kind.UNRELATED, Kind.REFUSED):
+            raise Refusal(verdict.reason)
+        resource.discard_my_data = False
+        if verdict.kind in (Kind.BOTH_NEW, Kind.NO_GOOD_COPY):
+            resource.state.change(replication=Replication.OFF, last_error=verdict.reason)
+        elif verdict.kind is Kind.IN_SYNC:
+            await self._be_in_sync()
+        elif verdict.kind is Kind.SOURCE:
+            await self._be_source(verdict)
+        else:
+            await self._be_target(verdict)
+
+    async def _be_in_sync(self) -> None:
+        superblock = self._resource.superblock
+        if superblock.outdated or superblock.peers[0].outdated:
+            superblock.outdated = superblock.peers[0].outdated = False
+            await self._resource.save()
+        self._establish()
+
+    def _establish(self) -> None:
+        """Both copies are the same from here on; each node gets the other's writes."""
+        self._start_mirror()
+        self._resource.volume.alone_recorded = False
+        self._resource.volume.start_mirroring(self._link)
+        self._resource.state.change(replication=Replication.ESTABLISHED, peer_disk=Disk.UP_TO_DATE)
+
+    def _start_mirror(self) -> None:
+        if self._mirror is None:
+            protocol, failed = self._resource.settings.protocol, self._resource.disk_failed
+            self._mirror = Mirror(self._link, self._resource.disk.store, protocol, failed)
+
+    async def _exchange_bitmaps(self) -> None:
+        """Afterwards both nodes have both bitmaps OR-ed. (What the source's clients write meanwhile is marked only
+        in the source's, which is the one that is walked.)
+        """
+        link, bitmap = self._link, self._resource.disk.bitmap
+        messages = list(bitmap.pack(_BITMAP_MESSAGE_BYTES)) or [b""]
+        for number, message in enumerate(messages, 1):
+            link.send(wire.BITMAP, message, flags=wire.FLAG_LAST if number == len(messages) else 0)
+            await link.drained()
+        while True:
+            flags, _, _, payload = await link.receive(wire.BITMAP)
+            if payload:
+                try:
+                    bitmap.merge_packed(payload)
+                except ValueError as error:
+                    raise wire.ProtocolError(f"a bitmap message could not be read ({error}).") from error
+            if flags & wire.FLAG_LAST:
+                return
+
+    # ── source ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _be_source(self, verdict: Verdict) -> None:
+        resource = self._resource
+        if verdict.full:
+            await resource.disk.metadata.set_all_bits(resource.disk.bitmap)
+        else:
+            await self._exchange_bitmaps()
+        if resource.disk.bitmap.count == 0:
+            await self._hand_over_in_step()
+            return
+        if resource.state.role is Role.PRIMARY:
+            # The peer may still believe that it is in sync; before it can be told otherwise, our generation must
+            # say that we went on without it.
+            await resource.volume.ensure_alone_recorded()
+        superblock = resource.superblock
+        if superblock.generations.base == 0:
+            superblock.generations = sync_started_source(superblock.generations, resource.new_generation())
+            await resource.save()
+        self._send_start()
+        await self._link.receive(wire.SYNC_READY)
+        # The peer has recorded that it is Inconsistent: from now on it is out of sync by its own word.
+        superblock.peers[0].outdated = True
+        await resource.save()
+        resource.volume.alone_recorded = True
+        self._source = SyncSource(
+            self._link,
+            resource.disk.store,
+            resource.disk.bitmap,
+            resource.volume.locks,
+            resource.settings.resync_rate_bytes_s,
+        )
+        resource.volume.start_mirroring(self._link)
+        resource.begin_sync(Replication.SYNC_SOURCE)
+        self.apply_pause()
+
+    async def _hand_over_in_step(self) -> None:
+        """Nothing differs: the peer only has to take our generation. Clients wait for that one round trip, so that
+        no write falls between its record and the first mirrored write.
+        """
+        resource = self._resource
+        resource.volume.close_gate("handshake")
+        try:
+            await self._count_peer_in()
+            self._send_start()
+            await self._link.receive(wire.SYNC_READY)
+            self._establish()
+        finally:
+            resource.volume.open_gate("handshake")
+        await self._close_generation()
+
+    def _send_start(self) -> None:
+        superblock = self._resource.superblock
+        generations = superblock.generations
+        self._link.send_map(
+            wire.SYNC_START,
+            {
+                "base": generations.base,
+                "current": generations.current,
+                "history": list(generations.history),
+                "dirty": self._resource.disk.bitmap.count,
+            },
+        )
+
+    async def _count_peer_in(self) -> None:
+        """Before the peer may call itself UpToDate: if we lose it now, we must make a new generation first."""
+        self._resource.volume.alone_recorded = False
+        self._resource.superblock.peers[0].outdated = False
+        await self._resource.save()
+
+    async def _close_generation(self) -> None:
+        """The peer has recorded that it is UpToDate: our bitmap is relative to nothing any more."""
+        resource = self._resource
+        superblock = resource.superblock
+        superblock.generations = sync_finished_source(superblock.generations)
+        superblock.ahead = False
+        await resource.save()
+
+    async def _run_source(self, source: SyncSource) -> None:
+        resource = self._resource
+        await source.run()
+        await self._count_peer_in()
+        self._link.send_map(wire.SYNC_FINISH, {})
+        await self._link.receive(wire.SYNC_DONE)
+        await self._clear_bitmap()
+        await self._close_generation()
+        resource.end_sync()
+        resource.state.change(replication=Replication.ESTABLISHED, peer_disk=Disk.UP_TO_DATE)
+
+    async def _clear_bitmap(self) -> None:
+        """Both copies are equal and flushed. Writes since then are in the activity log, not in the bitmap."""
+        disk = self._resource.disk
+        if disk.bitmap.default_ones:
+            await disk.metadata.clear_all_bits(disk.bitmap)
+        else:
+            await disk.metadata.save_bitmap(disk.bitmap)
+
+    # ── target ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _be_target(self, verdict: Verdict) -> None:
+        resource = self._resource
+        if resource.state.role is Role.PRIMARY:
+            raise Refusal(
+                f"{resource.node_name} is Primary and its copy is older than {resource.peer_name}'s: demote it first."
+            )
+        if not verdict.full:
+            await self._exchange_bitmaps()
+        _, _, _, payload = await self._link.receive(wire.SYNC_START)
+        start = wire.unpack_map(payload)
+        offered = Generations(wire.field(start, "current", int), wire.field(start, "base", int), _ids(start, "history"))
+        if wire.field(start, "dirty", int) == 0:
+            await self._take_generation(offered)
+            self._link.send(wire.SYNC_READY)
+            self._establish()
+            return
+        superblock = resource.superblock
+        superblock.generations = sync_started_target(superblock.generations, offered.base)
+        superblock.inconsistent = True
+        superblock.just_created = superblock.outdated = superblock.ahead = False
+        # Durable before the first block changes: a half-copied disk is marked.
+        if verdict.full:
+            await resource.disk.metadata.set_all_bits(resource.disk.bitmap)
+        else:
+            await resource.save()
+        self._start_mirror()
+        self._target = SyncTarget(self._link, resource.disk.store, resource.disk.bitmap, resource.disk_failed)
+        self._offered = offered
+        resource.begin_sync(Replication.SYNC_TARGET)
+        self.apply_pause()
+        self._link.send(wire.SYNC_READY)
+
+    async def _run_target(self, target: SyncTarget) -> None:
+        resource = self._resource
+        await self._link.receive(wire.SYNC_FINISH)
+        await target.finished()
+        await resource.disk.store.flush()
+        await resource.disk.metadata.clear_all_bits(resource.disk.bitmap)
+        await self._take_generation(self._offered)
+        self._link.send(wire.SYNC_DONE)
+        resource.end_sync()
+        self._establish()
+
+    async def _take_generation(self, offered: Generations) -> None:
+        """Record that this copy is a full copy of the source's generation."""
+        superblock = self._resource.superblock
+        superblock.generations = sync_finished_target(superblock.generations, offered.current, offered.history)
+        superblock.inconsistent = superblock.outdated = superblock.ahead = superblock.just_created = False
+        superblock.peers[0].outdated = False
+        await self._resource.save()
+
+    # ── while it lasts ───────────────────────────────────────────────────────────────────────────────────────
+
+    def apply_pause(self) -> None:
+        """Pause or resume as this node and the peer want it."""
+        state = self._resource.state
+        paused = self._peer_paused or self._resource.paused
+        if self._source is not None:
+            self._source.pause(paused)
+        for running, pausing in (
+            (Replication.SYNC_SOURCE, Replication.PAUSED_SYNC_S),
+            (Replication.SYNC_TARGET, Replication.PAUSED_SYNC_T),
+        ):
+            if state.replication in (running, pausing):
+                state.change(replication=pausing if paused else running)
+
+    def _on_update(self, flags: int, sequence: int, offset: int, payload: memoryview) -> None:
+        self._take_facts(wire.unpack_map(payload))
+        self.apply_pause()
+
+    def _take_facts(self, message: dict[str, Any]) -> None:
+        try:
+            role, disk = Role(wire.field(message, "role", str)), Disk(wire.field(message, "disk", str))
+        except ValueError as error:
+            raise wire.ProtocolError(f"the peer is in a state this version does not know ({error}).") from error
+        self._peer_paused = wire.field(message, "paused", bool)
+        self._resource.state.change(peer_role=role, peer_disk=disk)
+
+    def _on_request(self, flags: int, sequence: int, offset: int, payload: memoryview) -> None:
+        message = wire.unpack_map(payload)
+        task = asyncio.create_task(self._answer(sequence, wire.field(message, "op", str)))
+        self._requests.add(task)
+        task.add_done_callback(self._requests.discard)
+
+    async def _answer(self, sequence: int, operation: str) -> None:
+        reply: dict[str, Any] = {"ok": True}
+        try:
+            await self._resource.verbs.asked_by_peer(operation)
+        except (ReplicaError, OSError) as error:
+            reply = {"error": str(error)}
+        self._link.send(wire.REPLY, wire.pack_map(reply), sequence=sequence)
+
+
+def _side_as_map(side: Side | None) -> dict[str, Any] | None:
+    if side is None:
+        return None
+    generations = side.generations
+    return {
+        "size_bytes": side.size_bytes,
+        "block_size": BLOCK_SIZE,
+        "current": generations.current,
+        "base": generations.base,
+        "history": list(generations.history),
+        "just_created": side.just_created,
+        "inconsistent": side.inconsistent,
+        "ahead": side.ahead,
+        "is_primary": side.is_primary,
+        "dirty": side.dirty,
+        "discard": side.discard,
+    }
+
+
+def _side_from_map(node: str, message: Any) -> Side | None:
+    if message is None:
+        return None
+    if not isinstance(message, dict):
+        raise wire.ProtocolError("the peer's description of its copy is not a map.")
+    if wire.field(message, "block_size", int) != BLOCK_SIZE:
+        raise wire.ProtocolError("the peer's bitmap has another block size: update the older node.")
+    flags = {
+        name: wire.field(message, name, bool)
+        for name in ("just_created", "inconsistent", "ahead", "is_primary", "discard")
+    }
+    return Side(
+        node=node,
+        generations=Generations(
+            wire.field(message, "current", int), wire.field(message, "base", int), _ids(message, "history")
+        ),
+        size_bytes=wire.field(message, "size_bytes", int),
+        dirty=wire.field(message, "dirty", int),
+        **flags,
+    )
+
+
+def _ids(message: dict[str, Any], name: str) -> tuple[int, ...]:
+    values = wire.field(message, name, list)
+    if not all(isinstance(value, int) for value in values):
+        raise wire.ProtocolError(f"{name!r} must be a list of generation ids.")
+    return tuple(values)

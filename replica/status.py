@@ -1,0 +1,82 @@
+"""The status document of a resource: what `replicactl status --json` shows."""
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from replica.bitmap import BLOCK_SIZE
+
+if TYPE_CHECKING:
+    from replica.resource import Resource
+
+
+@dataclass(frozen=True)
+class SyncProgress:
+    """Where a resync began: dirty blocks and loop time in seconds."""
+
+    total_blocks: int
+    began_s: float
+
+
+def status_document(resource: "Resource") -> dict[str, Any]:
+    """The document, msgpack- and JSON-ready. Sizes in bytes, times in seconds, generation ids in hex."""
+    state = resource.state
+    return {
+        "name": resource.name,
+        "node": resource.node_name,
+        "role": str(state.role),
+        "connection": str(state.connection),
+        "replication": str(state.replication),
+        "protocol": resource.settings.protocol,
+        "last_error": state.last_error,
+        "peer": {
+            "name": resource.peer_name,
+            "role": str(state.peer_role),
+            "disk": str(state.peer_disk),
+            "address": resource.config.peer.address,
+        },
+        "volumes": [_volume(resource)],
+        "nbd": {"listen": str(resource.settings.nbd), "clients": len(resource.export.clients)},
+    }
+
+
+def _volume(resource: "Resource") -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "volume": 0,
+        "disk": str(resource.disk_state),
+        "peer_disk": str(resource.state.peer_disk),
+        "size_bytes": resource.export.size_bytes,
+        "backing": str(resource.settings.backing),
+        "out_of_sync_bytes": 0,
+        "generations": None,
+        "activity_log": None,
+        **_progress(resource),
+    }
+    if resource.attached:
+        disk = resource.disk
+        generations = disk.metadata.superblock.generations
+        document["out_of_sync_bytes"] = min(disk.bitmap.count * BLOCK_SIZE, disk.size_bytes)
+        document["generations"] = {
+            "current": f"{generations.current:016x}",
+            "base": f"{generations.base:016x}",
+            "history": [f"{value:016x}" for value in generations.history],
+        }
+        document["activity_log"] = {"slots": disk.activity_log.slots, "hot": len(disk.activity_log.hot)}
+    return document
+
+
+def _progress(resource: "Resource") -> dict[str, Any]:
+    empty = dict.fromkeys(("resync_total_bytes", "done_percent", "eta_seconds", "resync_rate_bytes_s"))
+    progress = resource.progress
+    if progress is None or not resource.attached:
+        return {**empty, "resync_total_bytes": 0}
+    left = resource.disk.bitmap.count
+    done = max(0, progress.total_blocks - left)
+    elapsed_s = asyncio.get_running_loop().time() - progress.began_s
+    rate = done * BLOCK_SIZE / elapsed_s if done and elapsed_s > 0 else 0.0
+    return {
+        "resync_total_bytes": progress.total_blocks * BLOCK_SIZE,
+        "done_percent": round(100.0 * done / progress.total_blocks, 1) if progress.total_blocks else 100.0,
+        "eta_seconds": round(left * BLOCK_SIZE / rate, 1) if rate else None,
+        "resync_rate_bytes_s": round(rate),
+    }

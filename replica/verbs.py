@@ -1,0 +1,262 @@
+"""What an operator (or the peer on an operator's behalf) can ask of a resource.
+
+Each verb runs under the resource's `admin` lock, which also guards the handshake, so that two decisions about the
+same copy never interleave. A verb that cannot be carried out raises `Refused` with a sentence: why, and what to do.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Final
+
+from replica.errors import Refused
+from replica.generation import started_alone
+from replica.link import LinkLost, PeerLink
+from replica.states import Connection, Disk, Replication, Role
+
+if TYPE_CHECKING:
+    from replica.resource import Resource
+
+log = logging.getLogger("replica.resource")
+
+#: How long a peer may take to answer a request; a takeover waits for its clients to drain.
+REQUEST_TIMEOUT_S: Final = 30.0
+
+
+class Verbs:
+    """The operator's side of one resource."""
+
+    def __init__(self, resource: "Resource") -> None:
+        self._resource = resource
+        self._name = resource.name
+        self._node = resource.node_name
+        self._peer = resource.peer_name
+
+    # ── roles ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def promote(self, *, force: bool = False) -> None:
+        """Become Primary: serve clients."""
+        async with self._resource.admin:
+            await self._promote(force)
+
+    async def _promote(self, force: bool) -> None:
+        resource = self._resource
+        if resource.state.role is Role.PRIMARY:
+            return
+        self._check_promotable(force)
+        if resource.link is not None:
+            await self._ask_peer("promote")
+        await resource.past_finished()
+        superblock, volume = resource.superblock, resource.volume
+        await resource.disk.store.flush()
+        anew = force and (superblock.inconsistent or superblock.just_created)
+        if anew:
+            superblock.generations = started_alone(superblock.generations, resource.new_generation())
+            superblock.inconsistent = superblock.just_created = False
+            superblock.peers[0].outdated = True
+        superblock.outdated = False
+        superblock.primary = True
+        await resource.save()
+        # While every write is mirrored, `alone_recorded` is what the session made it.
+        if not volume.mirroring:
+            volume.alone_recorded = superblock.peers[0].outdated
+        resource.export.serve(volume)
+        volume.start_timer()
+        resource.state.change(role=Role.PRIMARY)
+        log.info("%s: %s is Primary", self._name, self._node)
+        if anew:
+            resource.renegotiate(f"{self._node} was promoted with --force.")
+
+    def _check_promotable(self, force: bool) -> None:
+        name, node, peer, state = self._name, self._node, self._peer, self._resource.state
+        disk = self._resource.disk_state
+        if state.peer_role is Role.PRIMARY:
+            raise Refused(
+                f"{name} is Primary on {peer}: demote it there first, or run `replicactl takeover {name}` here."
+            )
+        if disk in (Disk.DISKLESS, Disk.FAILED):
+            raise Refused(f"{name} has no usable disk on {node} ({disk}): attach one first.")
+        if state.replication in (Replication.SYNC_TARGET, Replication.PAUSED_SYNC_T):
+            raise Refused(f"{name} is being resynced from {peer}: wait for it with `replicactl wait-sync {name}`.")
+        if force:
+            return
+        if self._resource.superblock.just_created:
+            raise Refused(
+                f"{name} has no data to choose between yet: run `replicactl promote --force {name}` on the node "
+                "to start from."
+            )
+        if disk is Disk.INCONSISTENT:
+            raise Refused(
+                f"the disk of {name} on {node} is Inconsistent (a resync was not completed): connect it to {peer}, "
+                f"or accept the damage with `replicactl promote --force {name}`."
+            )
+        if disk is Disk.OUTDATED:
+            raise Refused(
+                f"the disk of {name} on {node} is Outdated ({peer} has newer data): connect it, or lose the newer "
+                f"data with `replicactl promote --force {name}`."
+            )
+
+    async def demote(self, *, force: bool = False) -> None:
+        """Become Secondary: finish what clients asked for, flush both sides, empty the activity log."""
+        async with self._resource.admin:
+            await self._demote(force)
+
+    async def _demote(self, force: bool) -> None:
+        resource = self._resource
+        if resource.state.role is Role.SECONDARY:
+            return
+        clients = len(resource.export.clients)
+        if clients and not force:
+            raise Refused(
+                f"{self._name} is in use by {clients} NBD client{'s' if clients > 1 else ''}: disconnect them, or run "
+                f"`replicactl demote --force {self._name}`."
+            )
+        resource.demoting = True
+        try:
+            await asyncio.gather(*(client.drain() for client in list(resource.export.clients)))
+            superblock, volume = resource.superblock, resource.volume
+            volume.stop_timer()
+            if not resource.failed:
+                await volume.empty_activity_log()
+            superblock.primary = False
+            # Alone without a new generation, and yet the peer may have lost what it had not flushed.
+            superblock.ahead = superblock.ahead or (not volume.mirroring and resource.disk.bitmap.count > 0)
+            await resource.save()
+            resource.export.serve(None)
+            resource.state.change(role=Role.SECONDARY)
+            log.info("%s: %s is Secondary", self._name, self._node)
+        finally:
+            resource.demoting = False
+
+    async def takeover(self) -> None:
+        """Graceful switchover: the peer drains, flushes and demotes; this node is promoted."""
+        async with self._resource.admin:
+            state = self._resource.state
+            if state.role is Role.PRIMARY:
+                return
+            if state.replication is not Replication.ESTABLISHED:
+                raise Refused(
+                    f"{self._name} can be taken over only while both copies are in sync, and it is "
+                    f"{state.connection}/{state.replication}: run `replicactl wait-sync {self._name}`, or "
+                    "`replicactl promote` if the peer is dead."
+                )
+            if state.peer_role is Role.PRIMARY:
+                await self._ask_peer("takeover")
+                state.change(peer_role=Role.SECONDARY)
+            await self._promote(force=False)
+
+    # ── the link ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def connect(self, *, discard_my_data: bool = False) -> None:
+        """Leave StandAlone; `discard_my_data`: after a split brain, this node's own changes may be overwritten."""
+        resource = self._resource
+        if discard_my_data and resource.state.role is Role.PRIMARY:
+            raise Refused(f"{self._name} is Primary on {self._node}: demote it before its data can be discarded.")
+        resource.discard_my_data = discard_my_data
+        if resource.state.connection is Connection.STAND_ALONE:
+            resource.state.change(connection=Connection.CONNECTING, last_error="")
+        resource.connector.connect()
+
+    async def disconnect(self) -> None:
+        """Go StandAlone."""
+        state = self._resource.state
+        if state.connection is not Connection.STAND_ALONE:
+            state.change(connection=Connection.STAND_ALONE, last_error="")
+        self._resource.connector.disconnect(f"{self._node} was told to disconnect.")
+
+    async def pause_sync(self, *, paused: bool) -> None:
+        """Hold a resync back on this node's account, or let it go on."""
+        self._resource.pause(paused)
+
+    # ── the copies ───────────────────────────────────────────────────────────────────────────────────────────
+
+    async def attach(self) -> None:
+        """Use the local disk again."""
+        async with self._resource.admin:
+            if self._resource.attached:
+                raise Refused(f"{self._name} already has its disk on {self._node}.")
+            await self._resource.past_finished()
+            self._resource.release_disk()
+            await self._resource.attach_disk()
+            self._resource.renegotiate(f"{self._node} attached its disk.")
+
+    async def detach(self) -> None:
+        """Stop using the local disk (to replace it, say)."""
+        async with self._resource.admin:
+            if self._resource.state.role is Role.PRIMARY:
+                raise Refused(
+                    f"{self._name} is Primary on {self._node} and serves from this disk: run `replicactl takeover "
+                    f"{self._name}` on {self._peer} first."
+                )
+            self._resource.renegotiate(f"{self._node} detached its disk.")
+            await self._resource.past_finished()
+            self._resource.release_disk()
+
+    async def invalidate(self) -> None:
+        """Declare the local copy bad: it is fetched in full from the peer."""
+        async with self._resource.admin:
+            state = self._resource.state
+            if state.role is Role.PRIMARY:
+                raise Refused(f"{self._name} is Primary on {self._node}: demote it before its copy is invalidated.")
+            if state.peer_disk is not Disk.UP_TO_DATE:
+                raise Refused(
+                    f"the copy of {self._peer} is {state.peer_disk}, so this one is not thrown away: connect to an "
+                    "UpToDate peer first."
+                )
+            disk = self._resource.disk
+            disk.metadata.superblock.inconsistent = True
+            await disk.metadata.set_all_bits(disk.bitmap)
+            self._resource.renegotiate(f"{self._node} was told that its copy is bad.")
+
+    async def invalidate_remote(self) -> None:
+        """Declare the peer's copy bad: it is sent in full from here."""
+        await self._ask_peer("invalidate")
+
+    async def outdate(self) -> None:
+        """Mark the local copy as older than the peer's, so that it is not promoted by mistake."""
+        async with self._resource.admin:
+            state = self._resource.state
+            if state.role is Role.PRIMARY:
+                raise Refused(f"{self._name} is Primary on {self._node}: its copy is the newest there is.")
+            if state.replication is Replication.ESTABLISHED:
+                raise Refused(f"{self._name} is in sync with {self._peer}: disconnect it before it can be outdated.")
+            self._resource.superblock.outdated = True
+            await self._resource.save()
+            self._resource.changed()
+
+    # ── between the nodes ────────────────────────────────────────────────────────────────────────────────────
+
+    def _need_link(self) -> PeerLink:
+        link = self._resource.link
+        if link is None or self._resource.state.replication is Replication.NEGOTIATING:
+            raise Refused(f"{self._name} is not connected to {self._peer}: run `replicactl wait-connect {self._name}`.")
+        return link
+
+    async def _ask_peer(self, operation: str) -> None:
+        try:
+            await self._need_link().request({"op": operation}, REQUEST_TIMEOUT_S)
+        except TimeoutError:
+            raise Refused(
+                f"{self._peer} did not answer the request to {operation} in {REQUEST_TIMEOUT_S:.0f} s: see "
+                f"`replicactl status {self._name}` there."
+            ) from None
+        except LinkLost as lost:
+            raise Refused(f"{self._peer} did not answer the request to {operation}: {lost}") from None
+
+    async def asked_by_peer(self, operation: str) -> None:
+        """Carry out the peer's request; ReplicaError with a sentence for its operator."""
+        operations: dict[str, Callable[[], Awaitable[None]]] = {
+            "promote": self._consent_to_promotion,
+            "takeover": lambda: self.demote(force=True),
+            "invalidate": self.invalidate,
+        }
+        if operation not in operations:
+            raise Refused(f"{self._node} does not know the request {operation!r}: update the older node.")
+        if self._resource.admin.locked():
+            # Waiting here while the peer holds its own lock could wait forever.
+            raise Refused(f"{self._node} is busy with another change of {self._name}: try again.")
+        await operations[operation]()
+
+    async def _consent_to_promotion(self) -> None:
+        if self._resource.state.role is Role.PRIMARY:
+            raise Refused(f"{self._name} is Primary on {self._node}: demote it there first.")

@@ -1,0 +1,486 @@
+"""The data path of one volume on the node that is Primary: every write crosses this file and nothing else.
+
+A write takes one of two ways:
+
+*mirrored*  the peer has a disk and gets every write: one vectored send of the whole batch, then the local writes, then
+            the answer when the peer's cumulative acknowledgement covers it (protocol C), when it has been received
+            there (B), or when the socket took it (A);
+*alone*     the block's bit is set in the bitmap, the local write is done, and the answer is held back until the
+            superblock says that the peer is out of sync (`record_alone`).
+
+Three records make a resync after any crash exact (the safety rules of docs/architecture):
+
+hot        extents in the durable activity log; a write to any other extent waits for a transaction;
+unsettled  what was sent to the peer and is not yet known to be durable there; becomes dirty when the link drops;
+dirty      bits of the bitmap.
+
+A *round* flushes the local disk and the peer; what a round covers is settled. Client flushes and the background
+settling are the same rounds, shared by all who wait (group commit).
+"""
+
+import asyncio
+import collections
+import errno
+import logging
+from array import array
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from nbdserver.export import NO_ERRORS, WriteDone
+from replica import wire
+from replica.activation import Activation
+from replica.activity_log import EXTENT_SHIFT, ActivityLog
+from replica.bitmap import BLOCK_SHIFT, Bitmap
+from replica.group_commit import GroupCommit
+from replica.link import PeerLink
+from replica.metadata import Metadata
+from replica.range_lock import RangeLocks
+from replica.store import FailedStore, Store
+
+log = logging.getLogger("replica.volume")
+
+Writes = Sequence[tuple[int, memoryview]]
+#: What to call when a batch is done, the errors of the local writes, and how many writes it has.
+_Answer = tuple[WriteDone, Mapping[int, int], int]
+
+#: `unsettled` packs (first block, count) in one 64-bit number: 40 bits of block number, 24 bits of count.
+_COUNT_BITS: Final = 24
+_COUNT_MASK: Final = (1 << _COUNT_BITS) - 1
+#: A round is due after so many writes even if they are small: bounds the memory of `unsettled` (8 bytes each).
+_SETTLE_WRITES: Final = 1 << 16
+
+
+@dataclass(frozen=True)
+class VolumeSettings:
+    """What the data path needs to know of the configuration."""
+
+    protocol: str
+    settle_interval_s: float
+    settle_bytes: int
+
+
+class Volume:
+    """One volume's local disk, activity log and bitmap, and the way of a write to both copies."""
+
+    def __init__(
+        self,
+        settings: VolumeSettings,
+        store: Store,
+        metadata: Metadata,
+        bitmap: Bitmap,
+        activity_log: ActivityLog,
+        record_alone: Callable[[], Awaitable[None]],
+        disk_failed: Callable[[OSError], None],
+    ) -> None:
+        self.settings = settings
+        self.store = store
+        self.metadata = metadata
+        self.bitmap = bitmap
+        self.activity_log = activity_log
+        #: Superblock says that the peer lacks writes: alone, writes may be answered (safety rule "Ack").
+        self.alone_recorded = False
+        self.locks = RangeLocks(self._wake)
+        self._record_alone = record_alone
+        self._disk_failed = disk_failed
+        self._link: PeerLink | None = None
+        self._sequence = 0
+        self._in_flight: collections.deque[tuple[int, _Answer]] = collections.deque()
+        self._asked: dict[int, asyncio.Future[bool]] = {}
+        self._unsettled = array("Q")
+        self._settling = array("Q")
+        self._unflushed_bytes = 0
+        self.epoch = 1
+        self.settled_epoch = 0
+        self._rounds = GroupCommit(lambda: asyncio.create_task(self._run_round(), name="settle"))
+        self._gates: set[str] = set()
+        self._changing: set[asyncio.Future[None]] = set()
+        self._deferred: list[tuple[Writes, WriteDone]] = []
+        self._changed: list[asyncio.Future[None]] = []
+        self._activation = Activation(self)
+        self._held: list[_Answer] = []
+        self._recording: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    # ── what the node is doing ───────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def mirroring(self) -> bool:
+        """Whether every write goes to the peer."""
+        return self._link is not None
+
+    def start_mirroring(self, link: PeerLink) -> None:
+        """From now on every write goes to the peer on `link`. The caller has put both copies in step, or marked
+        what differs in the bitmap and started a resync.
+        """
+        self._link = link
+        link.handlers[wire.DONE] = self._on_done
+        link.handlers[wire.APPLIED] = self._on_acknowledged if self.settings.protocol == "C" else _ignore
+        link.handlers[wire.RECEIVED] = self._on_acknowledged if self.settings.protocol == "B" else _ignore
+
+    def stop_mirroring(self) -> None:
+        """The link is gone. What the peer may lack becomes dirty; what waited for it waits for the record instead."""
+        self._link = None
+        for entries in (self._settling, self._unsettled):
+            for entry in entries:
+                self.bitmap.set_range(entry >> _COUNT_BITS, entry & _COUNT_MASK)
+        self._settling, self._unsettled = array("Q"), array("Q")
+        in_flight, self._in_flight = self._in_flight, collections.deque()
+        for _, answer in in_flight:
+            self._finish_alone(answer)
+        asked, self._asked = self._asked, {}
+        for future in asked.values():
+            if not future.done():
+                future.set_result(False)
+
+    def abandon_store(self, error: OSError) -> None:
+        """Use the local disk no more: everything that needs it fails from now on."""
+        self.store = FailedStore(self.store.size_bytes, error)
+
+    def start_timer(self) -> None:
+        """Begin background settling (on becoming Primary)."""
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self.settings.settle_interval_s, self._tick)
+
+    def stop_timer(self) -> None:
+        """End background settling (on becoming Secondary, or at the end)."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def close_gate(self, reason: str) -> None:
+        """Put off all new changes until the gate of this reason opens again; what is under way goes on."""
+        self._gates.add(reason)
+
+    def open_gate(self, reason: str) -> None:
+        """Let changes through again, those put off first."""
+        self._gates.discard(reason)
+        self._wake()
+
+    # ── plain writes ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def write_batch(self, writes: Writes, done: WriteDone) -> bool:
+        """See `nbdserver.export.Export.write_batch`."""
+        hot, epoch = self.activity_log.hot, self.epoch
+        cold: list[int] | None = None
+        for offset, data in writes:
+            extent = offset >> EXTENT_SHIFT
+            last = (offset + len(data) - 1) >> EXTENT_SHIFT
+            while True:
+                if extent in hot:
+                    hot[extent] = epoch
+                elif cold is None:
+                    cold = [extent]
+                else:
+                    cold.append(extent)
+                if extent >= last:
+                    break
+                extent += 1
+        if cold is not None:
+            self._activation.want(cold)
+        elif not self._gates and not (self.locks.held and self._any_locked(writes)):
+            if self._link is not None:
+                return self._write_mirrored(self._link, writes, done)
+            self._write_alone(writes, done)
+            return False
+        self._deferred.append((writes, done))
+        return True
+
+    def _write_mirrored(self, link: PeerLink, writes: Writes, done: WriteDone) -> bool:
+        sequence = self._sequence
+        unsettled, pack = self._unsettled, wire.HEADER.pack
+        buffers: list[bytes | memoryview] = []
+        total = 0
+        for offset, data in writes:
+            sequence += 1
+            length = len(data)
+            check = wire.checksum(wire.WRITE, 0, 0, length, sequence, offset, data) if link.integrity else 0
+            buffers.append(pack(wire.WRITE, 0, 0, length, sequence, offset, check))
+            buffers.append(data)
+            first = offset >> BLOCK_SHIFT
+            unsettled.append(first << _COUNT_BITS | (((offset + length - 1) >> BLOCK_SHIFT) - first + 1))
+            total += length
+        self._sequence = sequence
+        # The peer first: it works while the local writes are done.
+        keeps = link.send_buffers(buffers)
+        errors = self._write_local(writes)
+        if self.settings.protocol == "A":
+            answer = (done, errors, len(writes))
+            link.when_drained(lambda: self._finish_alone(answer) if link.closed else done(errors))
+        else:
+            self._in_flight.append((sequence, (done, errors, len(writes))))
+        self._count_unflushed(total)
+        return keeps
+
+    def _write_alone(self, writes: Writes, done: WriteDone) -> None:
+        total = 0
+        for offset, data in writes:
+            self.bitmap.set_bytes(offset, len(data))
+            total += len(data)
+        errors = self._write_local(writes)
+        self._count_unflushed(total)
+        self._finish_alone((done, errors, len(writes)))
+
+    def _write_local(self, writes: Writes) -> Mapping[int, int]:
+        write_now = self.store.write_now
+        try:
+            for offset, data in writes:
+                write_now(offset, data)
+        except OSError:
+            return self._write_local_carefully(writes)
+        return NO_ERRORS
+
+    def _write_local_carefully(self, writes: Writes) -> Mapping[int, int]:
+        """After a failure: each write by itself, so that only those that fail are answered with an error."""
+        errors: dict[int, int] = {}
+        for index, (offset, data) in enumerate(writes):
+            try:
+                self.store.write_now(offset, data)
+            except OSError as error:
+                errors[index] = error.errno or errno.EIO
+                self.bitmap.set_bytes(offset, len(data))
+                self._disk_failed(error)
+        return errors
+
+    def _finish_alone(self, answer: _Answer) -> None:
+        """Answer a batch that the peer does not have, or hold the answer until the superblock says so."""
+        if self.alone_recorded:
+            done, errors, _ = answer
+            done(errors)
+            return
+        self._held.append(answer)
+        self._start_recording()
+
+    def _on_acknowledged(self, flags: int, sequence: int, offset: int, payload: memoryview) -> None:
+        in_flight = self._in_flight
+        while in_flight and in_flight[0][0] <= sequence:
+            done, errors, _ = in_flight.popleft()[1]
+            done(errors)
+
+    def _any_locked(self, writes: Writes) -> bool:
+        return any(self.locks.overlaps(offset, offset + len(data)) for offset, data in writes)
+
+    # ── writes off the loop ──────────────────────────────────────────────────────────────────────────────────
+
+    async def write_durable(self, offset: int, data: bytes) -> None:
+        """Write and return when the data is durable on every in-sync node (FUA)."""
+        await self._change(
+            offset,
+            len(data),
+            lambda: self.store.write_durable(offset, data),
+            lambda: self._ask(wire.WRITE_DURABLE, data, offset=offset),
+        )
+
+    async def zero(self, offset: int, length: int, punch: bool) -> None:
+        """Make the range read as zeroes on both nodes; `punch`: and deallocate it where the store can."""
+        flags = wire.FLAG_PUNCH if punch else 0
+        await self._change(
+            offset,
+            length,
+            lambda: self.store.zero(offset, length, punch),
+            lambda: self._ask(wire.ZERO, wire.pack_length(length), flags=flags, offset=offset),
+        )
+
+    async def _change(
+        self,
+        offset: int,
+        length: int,
+        locally: Callable[[], Awaitable[None]],
+        remotely: Callable[[], "asyncio.Future[bool]"],
+    ) -> None:
+        """A change that may block: under its range lock on both nodes at once."""
+        stop = offset + length
+        while not self._may_begin(offset, stop):
+            await self._something_changed()
+        async with self.locks.hold(offset, stop):
+            finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._changing.add(finished)
+            try:
+                by_peer = await self._change_both(offset, length, locally, remotely)
+            finally:
+                self._changing.discard(finished)
+                finished.set_result(None)
+        if not by_peer:
+            await self.ensure_alone_recorded()
+
+    async def _change_both(
+        self,
+        offset: int,
+        length: int,
+        locally: Callable[[], Awaitable[None]],
+        remotely: Callable[[], "asyncio.Future[bool]"],
+    ) -> bool:
+        """The change itself, on both nodes at once. True when the peer has done it too."""
+        first, last = offset >> BLOCK_SHIFT, (offset + length - 1) >> BLOCK_SHIFT
+        asked: asyncio.Future[bool] | None = None
+        if self._link is not None:
+            self._note_unsettled(first, last - first + 1)
+            asked = remotely()
+        else:
+            self.bitmap.set_range(first, last - first + 1)
+        self._count_unflushed(length)
+        try:
+            await locally()
+        except OSError as error:
+            self.bitmap.set_range(first, last - first + 1)
+            self._disk_failed(error)
+            raise
+        finally:
+            by_peer = await asked if asked is not None else False
+        return by_peer
+
+    def _may_begin(self, start: int, stop: int) -> bool:
+        """Whether a change of [start, stop) may begin in this very step; asks for what is missing."""
+        hot = self.activity_log.hot
+        extents = range(start >> EXTENT_SHIFT, ((stop - 1) >> EXTENT_SHIFT) + 1)
+        cold = [extent for extent in extents if extent not in hot]
+        if cold:
+            self._activation.want(cold)
+            return False
+        if self._gates or self.locks.overlaps(start, stop):
+            return False
+        for extent in extents:
+            hot[extent] = self.epoch
+        return True
+
+    def _note_unsettled(self, first: int, count: int) -> None:
+        while count > 0:
+            step = min(count, _COUNT_MASK)
+            self._unsettled.append(first << _COUNT_BITS | step)
+            first, count = first + step, count - step
+
+    def _ask(
+        self, kind: int, payload: bytes = b"", *, flags: int = 0, offset: int = 0
+    ) -> "asyncio.Future[bool]":
+        """Send a request that the peer answers with DONE. Result: False when the link was lost first."""
+        assert self._link is not None
+        self._sequence += 1
+        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._asked[self._sequence] = future
+        self._link.send(kind, payload, flags=flags, sequence=self._sequence, offset=offset)
+        return future
+
+    def _on_done(self, flags: int, sequence: int, offset: int, payload: memoryview) -> None:
+        future = self._asked.pop(sequence, None)
+        if future is None or future.done():
+            return
+        if flags & wire.FLAG_ERROR:
+            # The peer's disk failed and it says so by its own UPDATE; without its answer it is not in sync.
+            assert self._link is not None
+            self._link.refuse(f"the peer's disk failed (errno {offset}).")
+            if not future.done():
+                future.set_result(False)
+        else:
+            future.set_result(True)
+
+    # ── rounds: flush on both sides ──────────────────────────────────────────────────────────────────────────
+
+    async def flush(self) -> None:
+        """Return when every write answered before this call is durable on every in-sync node."""
+        await self._rounds.flush()
+
+    async def _run_round(self) -> None:
+        epoch = self.epoch
+        self.epoch += 1
+        self._settling, self._unsettled = self._unsettled, array("Q")
+        self._unflushed_bytes = 0
+        if self._changing:
+            # They touched their extents in this epoch; it is not settled before they are done and flushed.
+            await asyncio.wait(set(self._changing))
+        asked = self._ask(wire.FLUSH) if self._link is not None else None
+        try:
+            await self.store.flush()
+        except OSError as error:
+            self._disk_failed(error)
+            raise
+        by_peer = await asked if asked is not None else False
+        if by_peer:
+            self._settling = array("Q")
+        self.settled_epoch = epoch
+        if not by_peer and self.bitmap.count:
+            await self.ensure_alone_recorded()
+
+    def _count_unflushed(self, length: int) -> None:
+        self._unflushed_bytes += length
+        due = self._unflushed_bytes >= self.settings.settle_bytes or len(self._unsettled) >= _SETTLE_WRITES
+        if due and not self._rounds.running:
+            self._settle_in_background()
+
+    def _tick(self) -> None:
+        self._timer = None
+        if not self._rounds.running and (self._unsettled or self._unflushed_bytes):
+            self._settle_in_background()
+        self.start_timer()
+
+    def _settle_in_background(self) -> None:
+        task = asyncio.ensure_future(self._rounds.flush())
+        # A failure is reported where it happens (`_disk_failed`); nobody waits for this task.
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    # ── the activity log ─────────────────────────────────────────────────────────────────────────────────────
+
+    async def empty_activity_log(self) -> None:
+        """On demotion: everything is flushed, bits that are left are made durable, and no extent stays hot."""
+        await self._activation.idle()
+        await self.flush()
+        await self.metadata.save_bitmap(self.bitmap)
+        await self.metadata.save_activity_log(())
+        self.activity_log.hot.clear()
+
+    # ── being alone ──────────────────────────────────────────────────────────────────────────────────────────
+
+    async def ensure_alone_recorded(self) -> None:
+        """Return when the peer gets every write, or the superblock says that it does not."""
+        while not self.alone_recorded and self._link is None:
+            await asyncio.shield(self._start_recording())
+
+    def _start_recording(self) -> "asyncio.Task[None]":
+        if self._recording is None:
+            self._recording = asyncio.create_task(self._run_recording(), name="record alone")
+        return self._recording
+
+    async def _run_recording(self) -> None:
+        failure: OSError | None = None
+        try:
+            await self._record_alone()
+            self.alone_recorded = True
+        except OSError as error:
+            # Without the record these writes may not be acknowledged, and there is no second try at a failed flush.
+            failure = error
+            self._disk_failed(error)
+            raise
+        finally:
+            self._recording = None
+            held, self._held = self._held, []
+            for done, errors, count in held:
+                done(errors if failure is None else dict.fromkeys(range(count), errno.EIO))
+
+    # ── what was put off ─────────────────────────────────────────────────────────────────────────────────────
+
+    def _retry_deferred(self) -> None:
+        deferred, self._deferred = self._deferred, []
+        for writes, done in deferred:
+            self.write_batch(writes, done)
+
+    def fail_deferred(self, error: OSError) -> None:
+        """The activity log cannot be written: what waits for it can never begin."""
+        self._disk_failed(error)
+        deferred, self._deferred = self._deferred, []
+        for writes, done in deferred:
+            done(dict.fromkeys(range(len(writes)), errno.EIO))
+
+    def _wake(self) -> None:
+        self._retry_deferred()
+        changed, self._changed = self._changed, []
+        for future in changed:
+            if not future.done():
+                future.set_result(None)
+
+    async def _something_changed(self) -> None:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._changed.append(future)
+        await future
+
+
+def _ignore(flags: int, sequence: int, offset: int, payload: memoryview) -> None:
+    """An acknowledgement that this protocol does not wait for."""

@@ -1,0 +1,221 @@
+"""BlockFile on a disk filesystem and on tmpfs: the same contract, different system calls."""
+
+import asyncio
+import ctypes
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+import pytest
+
+from nbdserver import blockfile
+from nbdserver.blockfile import BlockFile, BlockFileError, LostWriteError
+from nbdserver.export import NO_ERRORS
+from nbdserver.file_export import FileExport
+
+MIB = 1024 * 1024
+SIZE = 4 * MIB
+
+
+@pytest.fixture(params=["disk", "tmpfs"])
+def path(request, tmp_path):
+    if request.param == "disk":
+        yield tmp_path / "image"
+        return
+    shm = Path("/dev/shm")
+    if not os.access(shm, os.W_OK):
+        pytest.skip("/dev/shm is not writable here")
+    file = shm / f"blockfile-test-{os.getpid()}"
+    yield file
+    file.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def file(path):
+    path.touch()
+    os.truncate(path, SIZE)
+    opened = BlockFile.open(path)
+    yield opened
+    opened.close()
+
+
+def test_open_facts(file, path):
+    assert (file.path, file.size_bytes, file.is_block_device) == (str(path), SIZE, False)
+    os.truncate(path, SIZE + 4096)
+    assert file.refresh_size() == file.size_bytes == SIZE + 4096
+
+
+def test_write_and_read(file):
+    file.write_now(4097, memoryview(b"hello"))
+    file.write_durable(SIZE - 3, b"end")
+    file.flush()
+    assert file.read(4096, 7) == b"\0hello\0"
+    assert file.read_now(SIZE - 4, 4) == b"\0end"
+    assert file.read(0, SIZE)[-3:] == b"end"
+
+
+def test_read_now_gives_all_or_none(file):
+    assert file.read_now(SIZE - 10, 20) is None
+    assert file.read_now(0, 2 * MIB) is None  # too much for the loop's thread
+    file.write_now(0, b"x" * 65536)
+    assert file.read_now(0, 65536) == b"x" * 65536
+
+
+def test_reading_behind_the_end_is_an_error(file):
+    with pytest.raises(OSError, match="ends before") as caught:
+        file.read(SIZE - 10, 20)
+    assert caught.value.errno == errno.EIO
+
+
+@pytest.mark.parametrize("punch", [True, False])
+def test_zero(file, punch):
+    file.write_now(0, b"\xff" * (3 * MIB))
+    file.zero(4096 + 5, 2 * MIB, punch)
+    assert file.read(0, 3 * MIB) == b"\xff" * 4101 + bytes(2 * MIB) + b"\xff" * (MIB - 4101)
+    assert os.fstat(file.fd).st_size == SIZE
+    file.zero(0, 0, punch)  # nothing to do is not an error
+    blocks = os.fstat(file.fd).st_blocks * 512
+    assert (blocks < 2 * MIB) if punch else (blocks >= 3 * MIB)
+
+
+@pytest.mark.parametrize("punch", [True, False])
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EINVAL])
+def test_zero_writes_zeroes_where_fallocate_cannot(file, monkeypatch, punch, number):
+    def refuse(*_arguments: int) -> int:
+        ctypes.set_errno(number)
+        return -1
+
+    monkeypatch.setattr(blockfile, "_fallocate", refuse)
+    file.write_now(0, b"\xff" * SIZE)
+    file.zero(1, SIZE - 2, punch)
+    assert file.read(0, SIZE) == b"\xff" + bytes(SIZE - 2) + b"\xff"
+
+
+def test_zero_reports_real_errors(file, monkeypatch):
+    def fail(*_arguments: int) -> int:
+        ctypes.set_errno(errno.ENOSPC)
+        return -1
+
+    monkeypatch.setattr(blockfile, "_fallocate", fail)
+    with pytest.raises(OSError) as caught:
+        file.zero(0, 4096, False)
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_next_data(file):
+    assert file.next_data(0, SIZE) == (SIZE, SIZE)
+    file.write_now(MIB, b"x" * 8192)
+    assert file.next_data(0, SIZE) == (MIB, MIB + 8192)
+    assert file.next_data(MIB + 100, MIB + 200) == (MIB + 100, MIB + 200)
+    assert file.next_data(0, MIB) == (MIB, MIB)
+    assert file.next_data(MIB + 8192, SIZE) == (SIZE, SIZE)
+    assert file.next_data(SIZE, SIZE) == (SIZE, SIZE)
+
+
+def test_durable_write_without_rwf_dsync(file, monkeypatch):
+    def refuse(*_arguments: object) -> int:
+        raise OSError(errno.EOPNOTSUPP, "no")
+
+    monkeypatch.setattr(os, "pwritev", refuse)
+    file.write_durable(10, b"data")
+    assert file.read(10, 4) == b"data"
+
+
+def test_only_a_failed_wait_counts_as_lost(file, monkeypatch):
+    def fail(*_arguments: object) -> int:
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(os, "pwritev", fail)
+    with pytest.raises(LostWriteError):
+        file.write_durable(0, b"data")
+    monkeypatch.setattr(os, "pwrite", fail)
+    with pytest.raises(OSError) as caught:
+        file.write_durable(0, b"data")
+    assert not isinstance(caught.value, LostWriteError)
+
+
+def test_short_writes_are_continued(file, monkeypatch):
+    whole = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: whole(fd, bytes(data)[:3], offset))
+    file.write_now(0, b"0123456789")
+    assert file.read(0, 11) == b"0123456789\0"
+
+
+def test_second_opener_is_refused_with_a_sentence(file, path):
+    with pytest.raises(BlockFileError, match="in use by another process; stop that one first"):
+        BlockFile.open(path)
+    with pytest.raises(BlockFileError, match="in use"):
+        BlockFile.open(path, read_only=True)
+    BlockFile.open(path, exclusive=False).close()
+    file.close()
+    file.close()
+    readers = [BlockFile.open(path, read_only=True) for _ in range(2)]
+    with pytest.raises(BlockFileError, match="in use"):
+        BlockFile.open(path)
+    for reader in readers:
+        reader.close()
+
+
+def test_open_errors_are_sentences(tmp_path):
+    with pytest.raises(BlockFileError, match=r"no such file; create it first$"):
+        BlockFile.open(tmp_path / "missing")
+    with pytest.raises(BlockFileError, match="the directory .*gone does not exist"):
+        BlockFile.open(tmp_path / "gone" / "missing")
+    with pytest.raises(BlockFileError, match="neither a regular file nor a block device"):
+        BlockFile.open(tmp_path)
+
+
+def test_a_failed_open_keeps_no_lock(path, monkeypatch):
+    path.touch()
+
+    def fail(*_arguments: object) -> None:
+        raise OSError(errno.EWOULDBLOCK, "locked")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fcntl, "flock", fail)
+        with pytest.raises(BlockFileError):
+            BlockFile.open(path)
+    BlockFile.open(path).close()
+
+
+def test_file_export_fails_for_good_after_a_failed_flush(file, monkeypatch):
+    def fail(_fd: int) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    async def scenario() -> None:
+        export = FileExport(file)
+        outcomes: list[dict[int, int]] = []
+        write = (0, memoryview(b"data"))
+        assert export.write_batch([write], outcomes.append) is False
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fdatasync", fail)
+            with pytest.raises(OSError):
+                await export.flush()
+        with pytest.raises(OSError, match="earlier flush"):  # although fdatasync would succeed now
+            await export.flush()
+        with pytest.raises(OSError, match="earlier flush"):
+            await export.write_durable(0, b"data")
+        with pytest.raises(OSError, match="earlier flush"):
+            await export.zero(0, 4096, True)
+        export.write_batch([write, write], outcomes.append)
+        assert outcomes == [NO_ERRORS, {0: 5, 1: 5}]
+        assert export.read_now(0, 4) == b"data"
+
+    asyncio.run(scenario())
+
+
+def test_file_export_reports_errors_by_index(file, monkeypatch):
+    whole = os.pwrite
+
+    def full(fd: int, data: memoryview, offset: int) -> int:
+        if offset == 8192:
+            raise OSError(errno.EDQUOT, "quota")
+        return whole(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    outcomes: list[dict[int, int]] = []
+    writes = [(offset, memoryview(b"z" * 4096)) for offset in (0, 8192, 4096)]
+    FileExport(file).write_batch(writes, outcomes.append)
+    assert outcomes == [{1: 28}]
+    assert file.read(0, 12288) == b"z" * 8192 + bytes(4096)
