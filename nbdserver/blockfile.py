@@ -76,9 +76,7 @@ class BlockFile:
         try:
             kind = os.stat(name).st_mode
             if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
-                raise BlockFileError(
-                    f"{name} is neither a regular file nor a block device; give one of these"
-                )
+                raise BlockFileError(f"{name} is neither a regular file nor a block device; give one of these")
             is_block_device = stat.S_ISBLK(kind)
             if is_block_device and exclusive and not read_only:
                 access |= os.O_EXCL  # refused while it is mounted or used by another driver

@@ -107,7 +107,7 @@ class Connection(asyncio.BufferedProtocol):
                 self.abort()
                 self._drained.set_result(None)
             elif not self.closed.is_set():
-                self._after(self._limits.drain_timeout_s, self.abort)
+                self._after(self._limits.drain_timeout_s, self._drain_timed_out)
                 self._engine.drain()
             else:
                 self._drained.set_result(None)
@@ -181,6 +181,13 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.write_eof()
         self._transport.resume_reading()
         self._after(self._limits.linger_s, self._transport.close)
+
+    def _drain_timed_out(self) -> None:
+        """Drop a client that is what the drain waits for; storage may take the time that it needs."""
+        if self._is_half_closed or (self._engine is not None and self._engine.waits_for_client):
+            self.abort()
+        else:
+            self._after(self._limits.drain_timeout_s, self._drain_timed_out)
 
     def _close(self) -> None:
         """Close after sending what is left, unless the client does not take it."""

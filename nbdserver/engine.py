@@ -75,6 +75,11 @@ class RequestEngine:
         self._write_paused = False
         self._reading = True
 
+    @property
+    def waits_for_client(self) -> bool:
+        """Nothing goes on until the client takes the replies that were sent to it."""
+        return self._write_paused
+
     # ---- what the connection tells us
 
     def stop(self) -> None:
@@ -217,17 +222,13 @@ class RequestEngine:
         kind, cookie, offset, length = REQUEST.unpack_from(received.memory, received.start)
         magic, flags, command = split_kind(kind)
         if magic != c.REQUEST_MAGIC:
-            log.warning(
-                "closing the connection of %s: it sent something else than a request", self._peer_name
-            )
+            log.warning("closing the connection of %s: it sent something else than a request", self._peer_name)
             self.accepting = False
             return False
         if command == c.CMD_DISC:
             self.accepting = False
             return False
-        error = validate(
-            command, flags, offset, length, size_bytes=export.size_bytes, read_only=export.read_only
-        )
+        error = validate(command, flags, offset, length, size_bytes=export.size_bytes, read_only=export.read_only)
         if command == c.CMD_WRITE:
             return self._take_write(cookie, offset, length, bool(flags & c.CMD_FLAG_FUA), error)
         received.start += REQUEST_BYTES
@@ -307,8 +308,12 @@ class RequestEngine:
     ) -> None:
         self._under_way += 1
         self._in_flight_bytes += length
-        if self._export.write_batch(writes, done):
-            self._received.pinned = True
+        try:
+            if self._export.write_batch(writes, done):
+                self._received.pinned = True
+        except Exception:  # against the contract: nobody will call `done`, and nobody may wait for it
+            self._under_way -= 1
+            raise
 
     def _writes_done(self, cookies: list[bytes], length: int, errors: Mapping[int, int]) -> None:
         self._under_way -= 1

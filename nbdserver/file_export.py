@@ -24,9 +24,7 @@ class FileExport(Export):
     size_bytes: int
     read_only: bool
 
-    def __init__(
-        self, file: BlockFile, *, name: str = "", description: str = "", read_only: bool = False
-    ) -> None:
+    def __init__(self, file: BlockFile, *, name: str = "", description: str = "", read_only: bool = False) -> None:
         self.name = name
         self.description = description
         self.size_bytes = file.size_bytes

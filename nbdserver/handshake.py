@@ -227,9 +227,7 @@ def _no_data(what: str, data: bytes) -> None:
 
 def _name(data: bytes) -> str:
     if len(data) > c.MAX_STRING_BYTES:
-        raise _OptionError(
-            c.REP_ERR_TOO_BIG, f"the export name has {len(data)} bytes (at most {c.MAX_STRING_BYTES})"
-        )
+        raise _OptionError(c.REP_ERR_TOO_BIG, f"the export name has {len(data)} bytes (at most {c.MAX_STRING_BYTES})")
     if b"\0" in data:
         raise _OptionError(c.REP_ERR_INVALID, "the export name contains a NUL byte")
     try:

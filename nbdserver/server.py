@@ -69,9 +69,7 @@ class Server:
     async def listen_tcp(self, host: str, port: int) -> list[tuple[str, int]]:
         """Listen; returns the addresses (port 0 takes a free port). Raises ListenError."""
         try:
-            listener = await asyncio.get_running_loop().create_server(
-                self._connection, host, port, backlog=128
-            )
+            listener = await asyncio.get_running_loop().create_server(self._connection, host, port, backlog=128)
         except (OSError, OverflowError) as error:
             raise ListenError(_tcp_sentence(host, port, error)) from None
         self._listeners.append(listener)
@@ -129,9 +127,7 @@ class Server:
         if self._stopping:
             return False
         if len(self.connections) >= self.limits.max_connections:
-            log.warning(
-                "refusing %s: there are %d clients already", connection.peer_name, len(self.connections)
-            )
+            log.warning("refusing %s: there are %d clients already", connection.peer_name, len(self.connections))
             return False
         self.connections.add(connection)
         return True

@@ -91,6 +91,5 @@ def write_replies(cookies: Sequence[bytes], errors: Mapping[int, int]) -> bytes:
     if not errors:
         return REPLY_OK + REPLY_OK.join(cookies)
     return b"".join(
-        reply(cookie, wire_error(errors[index]) if index in errors else 0)
-        for index, cookie in enumerate(cookies)
+        reply(cookie, wire_error(errors[index]) if index in errors else 0) for index, cookie in enumerate(cookies)
     )

@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from replica.tasks import spawn
+
 if TYPE_CHECKING:
     from replica.volume import Volume
 
@@ -20,7 +22,7 @@ class Activation:
         """Have these extents made hot. The volume is woken when it is done."""
         self._wanted.update(extents)
         if self._task is None and self._wanted:
-            self._task = asyncio.create_task(self._run(), name="activity log")
+            self._task = spawn(self._run(), "activity log")
             self._task.add_done_callback(self._finished)
 
     async def idle(self) -> None:
@@ -43,9 +45,8 @@ class Activation:
                 await volume.flush()
                 continue
             try:
-                if volume.bitmap.changed:
-                    # An extent may leave only when its dirty bits are durable.
-                    await volume.metadata.save_bitmap(volume.bitmap)
+                # An extent may leave only when its dirty bits are durable. (Nothing is written when all are.)
+                await volume.metadata.save_bitmap(volume.bitmap)
                 await volume.metadata.save_activity_log(plan.extents)
             except BaseException:
                 volume.activity_log.abandon(plan)

@@ -63,9 +63,7 @@ class ActivityLog:
             raise RuntimeError("the activity log has a transaction under way")
         wanted_set = set(wanted)
         if len(wanted_set) > self.slots:
-            raise ValueError(
-                f"{len(wanted_set)} extents at once, but the activity log has {self.slots} slots"
-            )
+            raise ValueError(f"{len(wanted_set)} extents at once, but the activity log has {self.slots} slots")
         if wanted_set and not (min(wanted_set) >= 0 and max(wanted_set) <= MAX_EXTENT):
             raise ValueError(f"an extent number outside 0 … {MAX_EXTENT}")
         hot = self.hot
@@ -74,9 +72,7 @@ class ActivityLog:
         evict: list[int] = []
         if needed > 0:
             settled = [
-                (epoch, extent)
-                for extent, epoch in hot.items()
-                if epoch <= settled_epoch and extent not in wanted_set
+                (epoch, extent) for extent, epoch in hot.items() if epoch <= settled_epoch and extent not in wanted_set
             ]
             if len(settled) < needed:
                 return None

@@ -93,7 +93,5 @@ def session_id(secret: bytes, *, dialer_hello: bytes, accepter_hello: bytes) -> 
 
 
 def _mac(secret: bytes, purpose: bytes, first: bytes, second: bytes) -> bytes:
-    message = b"".join(
-        len(part).to_bytes(4, "big") + part for part in (b"replica link v1", purpose, first, second)
-    )
+    message = b"".join(len(part).to_bytes(4, "big") + part for part in (b"replica link v1", purpose, first, second))
     return hmac.new(secret, message, hashlib.sha256).digest()

@@ -153,9 +153,7 @@ class Bitmap:
             return
         sector, bit = divmod(first, SECTOR_BITS)
         end = bit + count
-        if (
-            end < SECTOR_BITS
-        ):  # the hot path; a sector's last bit takes the slow one, which shares full sectors
+        if end < SECTOR_BITS:  # the hot path; a sector's last bit takes the slow one, which shares full sectors
             old = self._sectors.get(sector)
             if old:
                 new = old | ((1 << count) - 1) << bit

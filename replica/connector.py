@@ -15,6 +15,7 @@ from replica.auth import NONCE_BYTES
 from replica.errors import ReplicaError
 from replica.link import LinkSettings, PeerLink
 from replica.runtime import Listener, Runtime
+from replica.tasks import spawn
 
 log = logging.getLogger("replica.link")
 
@@ -71,7 +72,7 @@ class Connector:
         """Leave StandAlone: dial, or accept what the peer dials."""
         self._stand_alone = False
         if self._endpoints.dialer and self._dialing is None:
-            self._dialing = asyncio.create_task(self._dial(), name="dial")
+            self._dialing = spawn(self._dial(), "dialing the peer")
 
     def disconnect(self, reason: str) -> None:
         """Go StandAlone: close the link, stop dialing, turn the peer away."""
@@ -122,9 +123,7 @@ class Connector:
     def _new_link(self) -> asyncio.BaseProtocol:
         if len(self._greeting) >= MAX_GREETINGS:
             return _TurnedAway()
-        link = PeerLink(
-            self._settings, self, self._runtime.random_bytes(NONCE_BYTES), dialer=self._endpoints.dialer
-        )
+        link = PeerLink(self._settings, self, self._runtime.random_bytes(NONCE_BYTES), dialer=self._endpoints.dialer)
         self._greeting.add(link)
         return link
 

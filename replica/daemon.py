@@ -102,7 +102,11 @@ class Daemon:
         if action is None:
             raise ReplicaError(f"replicad does not know the verb {verb!r}: is replicactl of a newer version?")
         log.info("%s: operator: %s %s", self.resource.name, verb, args or "")
-        await action(args)
+        try:
+            await action(args)
+        except OSError as error:
+            self.resource.disk_failed(error)
+            raise ReplicaError(f"{verb} failed: the disk reports an error ({error.strerror or error}).") from error
         return self.resource.status()
 
     async def _watch(self, send_event: SendEvent) -> None:

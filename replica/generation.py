@@ -264,14 +264,10 @@ def _refused(rule: str, reason: str) -> _Finding:
 
 def _sync(rule: str, source: Side, target: Side, why: str, full: bool = False) -> _Finding:
     extent = "in full" if full else "by bitmap"
-    return _Finding(
-        Kind.SOURCE, rule, f"{why}: {target.node} is synced from {source.node}, {extent}.", full, source
-    )
+    return _Finding(Kind.SOURCE, rule, f"{why}: {target.node} is synced from {source.node}, {extent}.", full, source)
 
 
-def _behind(
-    rule: str, one: Side, other: Side, one_behind: bool, other_behind: bool, full: bool
-) -> _Finding | None:
+def _behind(rule: str, one: Side, other: Side, one_behind: bool, other_behind: bool, full: bool) -> _Finding | None:
     if one_behind and other_behind:  # no history of ours leads there: metadata was copied or restored
         why = f"{one.node} and {other.node} each look older than the other"
         return _split_brain("contradiction", one, other, why, full=True)
@@ -284,9 +280,7 @@ def _behind(
 def _newer_is_inconsistent(new: Side, old: Side) -> _Finding:
     """The newer data have no complete copy: only an operator may give them up for older, complete ones."""
     if new.discard and not new.serving:
-        return _sync(
-            "discard-inconsistent", old, new, f"{new.node} discards its newer, incomplete data", True
-        )
+        return _sync("discard-inconsistent", old, new, f"{new.node} discards its newer, incomplete data", True)
     return _refused(
         "newer-is-inconsistent",
         f"{new.node} has newer data than {old.node} but is Inconsistent: to give them up, make {new.node} "
@@ -301,9 +295,7 @@ def _split_brain(rule: str, one: Side, other: Side, why: str, full: bool) -> _Fi
         if not loser.serving and (loser.incomplete or not winner.incomplete):
             return _sync(f"{rule}-discard", winner, loser, f"{why} and {loser.node} discards its own", full)
         advice = "make it Secondary first" if loser.serving else f"{winner.node} is Inconsistent"
-        return _Finding(
-            Kind.SPLIT_BRAIN, rule, f"{why}, and {loser.node} can't discard its own: {advice}.", full
-        )
+        return _Finding(Kind.SPLIT_BRAIN, rule, f"{why}, and {loser.node} can't discard its own: {advice}.", full)
     advice = "both discard" if one.discard else "run 'replicactl connect --discard-my-data'"
     where = "of which only one may" if one.discard else "on the node whose changes are to be lost"
     return _Finding(Kind.SPLIT_BRAIN, rule, f"{why}: {advice} {where}.", full)
@@ -407,9 +399,7 @@ def sync_finished_source(generations: Generations) -> Generations:
     return Generations(generations.current, 0, history)
 
 
-def sync_finished_target(
-    generations: Generations, source_current: int, source_history: Iterable[int]
-) -> Generations:
+def sync_finished_target(generations: Generations, source_current: int, source_history: Iterable[int]) -> Generations:
     """The target is a full copy: the source's current one and its history, our own behind it.
 
     ValueError when the source has no current generation.

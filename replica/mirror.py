@@ -13,6 +13,7 @@ from typing import Any
 from replica import wire
 from replica.link import PeerLink
 from replica.store import Store
+from replica.tasks import spawn
 
 log = logging.getLogger("replica.mirror")
 
@@ -20,9 +21,7 @@ log = logging.getLogger("replica.mirror")
 class Mirror:
     """Handlers of one link's replication frames. Dropped with the link."""
 
-    def __init__(
-        self, link: PeerLink, store: Store, protocol: str, disk_failed: Callable[[OSError], None]
-    ) -> None:
+    def __init__(self, link: PeerLink, store: Store, protocol: str, disk_failed: Callable[[OSError], None]) -> None:
         self._link = link
         self._store = store
         self._disk_failed = disk_failed
@@ -44,9 +43,7 @@ class Mirror:
         size, write_now = self._store.size_bytes, self._store.write_now
         for offset, data in writes:
             if offset + len(data) > size:
-                raise wire.ProtocolError(
-                    f"a write of {len(data)} bytes at {offset} is beyond the volume's end."
-                )
+                raise wire.ProtocolError(f"a write of {len(data)} bytes at {offset} is beyond the volume's end.")
             try:
                 write_now(offset, data)
             except OSError as error:
@@ -72,7 +69,7 @@ class Mirror:
             raise wire.ProtocolError(f"a change of {length} bytes at {offset} is beyond the volume's end.")
 
     def _start(self, sequence: int, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(self._answer(sequence, work))
+        task = spawn(self._answer(sequence, work), "change for the peer")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

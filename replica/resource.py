@@ -6,7 +6,7 @@ What an operator can ask of it is in `replica.verbs`; what a link does in `repli
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 from replica import auth, wire
@@ -22,6 +22,7 @@ from replica.runtime import Runtime
 from replica.session import Session
 from replica.states import SYNCING, Connection, Disk, Replication, Role, State, local_disk
 from replica.status import SyncProgress, status_document
+from replica.tasks import spawn
 from replica.verbs import Verbs
 from replica.volume import Volume, VolumeSettings
 
@@ -340,8 +341,8 @@ class Resource:
         """The resync is complete."""
         self.progress = None
 
-    def _background(self, work: Any) -> None:
-        task = asyncio.ensure_future(work)
+    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = spawn(work, "end of a session")
         self._past_sessions.add(task)
         task.add_done_callback(self._past_sessions.discard)
 

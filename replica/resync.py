@@ -17,6 +17,7 @@ from replica.bitmap import BLOCK_SHIFT, Bitmap
 from replica.link import PeerLink
 from replica.range_lock import RangeLocks
 from replica.store import Store
+from replica.tasks import spawn
 
 CHUNK_BYTES: Final = 256 << 10
 #: Sent and not yet acknowledged: bounds how long an application's write can queue behind resync data.
@@ -164,9 +165,7 @@ class SyncSource:
 class SyncTarget:
     """Applies a resync that comes in over `link`. The superblock says Inconsistent before this exists."""
 
-    def __init__(
-        self, link: PeerLink, store: Store, bitmap: Bitmap, disk_failed: Callable[[OSError], None]
-    ) -> None:
+    def __init__(self, link: PeerLink, store: Store, bitmap: Bitmap, disk_failed: Callable[[OSError], None]) -> None:
         self._link = link
         self._store = store
         self._bitmap = bitmap
@@ -236,6 +235,6 @@ class SyncTarget:
             raise wire.ProtocolError(f"resync data of {length} bytes at {offset} is beyond the volume's end.")
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
+        task = spawn(work, "resync from the peer")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

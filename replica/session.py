@@ -30,6 +30,7 @@ from replica.link import LinkLost, PeerLink
 from replica.mirror import Mirror
 from replica.resync import SyncSource, SyncTarget
 from replica.states import Disk, Replication, Role
+from replica.tasks import spawn
 
 if TYPE_CHECKING:
     from replica.resource import Resource
@@ -57,8 +58,7 @@ class Session:
         link.expect(wire.STATE, wire.BITMAP, wire.SYNC_START, wire.SYNC_READY, wire.SYNC_FINISH, wire.SYNC_DONE)
         link.handlers[wire.UPDATE] = self._on_update
         link.handlers[wire.REQUEST] = self._on_request
-        self._requests: set[asyncio.Task[None]] = set()
-        self._task = asyncio.create_task(self._run(), name=f"session {link.session:016x}")
+        self._task = spawn(self._run(), f"session {link.session:016x}")
 
     # ── life ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -89,10 +89,14 @@ class Session:
             self._resource.stand_alone(str(refusal))
         except TimeoutError:
             self._link.refuse("the handshake was not complete in time.")
-        except wire.ProtocolError as error:
-            self._link.refuse(str(error))
         except OSError as error:
             self._resource.disk_failed(error)
+            self._link.refuse(f"the disk of {self._resource.node_name} failed ({error.strerror or error}).")
+        except (ReplicaError, ValueError) as error:
+            self._link.refuse(str(error))
+        except Exception:
+            self._link.refuse(f"{self._resource.node_name} met a fault of its own; its log says more.")
+            raise
 
     # ── handshake ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -162,7 +166,9 @@ class Session:
                 except ValueError as error:
                     raise wire.ProtocolError(f"a bitmap message could not be read ({error}).") from error
             if flags & wire.FLAG_LAST:
-                return
+                break
+        # Durable before either superblock says that this bitmap is what the copies differ by.
+        await self._resource.disk.metadata.save_bitmap(bitmap)
 
     # ── source ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -246,6 +252,8 @@ class Session:
         resource = self._resource
         await source.run()
         await self._count_peer_in()
+        # From SYNC_DONE on the peer may be promoted, and then its writes come here.
+        self._start_mirror()
         self._link.send_map(wire.SYNC_FINISH, {})
         await self._link.receive(wire.SYNC_DONE)
         await self._clear_bitmap()
@@ -343,9 +351,7 @@ class Session:
 
     def _on_request(self, flags: int, sequence: int, offset: int, payload: memoryview) -> None:
         message = wire.unpack_map(payload)
-        task = asyncio.create_task(self._answer(sequence, wire.field(message, "op", str)))
-        self._requests.add(task)
-        task.add_done_callback(self._requests.discard)
+        spawn(self._answer(sequence, wire.field(message, "op", str)), "answer to the peer")
 
     async def _answer(self, sequence: int, operation: str) -> None:
         reply: dict[str, Any] = {"ok": True}

@@ -181,9 +181,7 @@ def tables_as_markdown() -> str:
         ("Role", ROLE_CHANGES),
     )
     for title, table in tables:
-        rows = [
-            f"| {old} | {new} | {why} |" for old, changes in table.items() for new, why in changes.items()
-        ]
+        rows = [f"| {old} | {new} | {why} |" for old, changes in table.items() for new, why in changes.items()]
         parts.append("\n".join([f"## {title}", "", "| from | to | when |", "|---|---|---|", *rows]))
     return "\n\n".join(parts) + "\n"
 

@@ -37,6 +37,7 @@ from replica.link import PeerLink
 from replica.metadata import Metadata
 from replica.range_lock import RangeLocks
 from replica.store import FailedStore, Store
+from replica.tasks import spawn
 
 log = logging.getLogger("replica.volume")
 
@@ -92,7 +93,7 @@ class Volume:
         self._unflushed_bytes = 0
         self.epoch = 1
         self.settled_epoch = 0
-        self._rounds = GroupCommit(lambda: asyncio.create_task(self._run_round(), name="settle"))
+        self._rounds = GroupCommit(lambda: spawn(self._run_round(), "flush of both copies"))
         self._gates: set[str] = set()
         self._changing: set[asyncio.Future[None]] = set()
         self._deferred: list[tuple[Writes, WriteDone]] = []
@@ -349,9 +350,7 @@ class Volume:
             self._unsettled.append(first << _COUNT_BITS | step)
             first, count = first + step, count - step
 
-    def _ask(
-        self, kind: int, payload: bytes = b"", *, flags: int = 0, offset: int = 0
-    ) -> "asyncio.Future[bool]":
+    def _ask(self, kind: int, payload: bytes = b"", *, flags: int = 0, offset: int = 0) -> "asyncio.Future[bool]":
         """Send a request that the peer answers with DONE. Result: False when the link was lost first."""
         assert self._link is not None
         self._sequence += 1
@@ -413,9 +412,7 @@ class Volume:
         self.start_timer()
 
     def _settle_in_background(self) -> None:
-        task = asyncio.ensure_future(self._rounds.flush())
-        # A failure is reported where it happens (`_disk_failed`); nobody waits for this task.
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        spawn(self._rounds.flush(), "background flush of both copies")
 
     # ── the activity log ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -436,7 +433,7 @@ class Volume:
 
     def _start_recording(self) -> "asyncio.Task[None]":
         if self._recording is None:
-            self._recording = asyncio.create_task(self._run_recording(), name="record alone")
+            self._recording = spawn(self._run_recording(), "recording that the peer is out of sync")
         return self._recording
 
     async def _run_recording(self) -> None:

@@ -72,9 +72,7 @@ FLAG_ERROR: Final = 0x80
 KIND_NAMES: Final = {
     value: name
     for name, value in list(globals().items())
-    if isinstance(value, int)
-    and name.isupper()
-    and not name.startswith(("FLAG", "MAX", "VERSION", "HEADER", "_"))
+    if isinstance(value, int) and name.isupper() and not name.startswith(("FLAG", "MAX", "VERSION", "HEADER", "_"))
 }
 
 
@@ -118,9 +116,7 @@ def pack_map(value: dict[str, Any]) -> bytes:
     """The payload of a control frame."""
     packed: bytes = msgpack.packb(value, use_bin_type=True)
     if len(packed) > MAX_PAYLOAD_BYTES:
-        raise ProtocolError(
-            f"a control message of {len(packed)} bytes is over the bound of {MAX_PAYLOAD_BYTES}."
-        )
+        raise ProtocolError(f"a control message of {len(packed)} bytes is over the bound of {MAX_PAYLOAD_BYTES}.")
     return packed
 
 

@@ -101,9 +101,7 @@ def test_impossible_wishes_are_refused() -> None:
 @settings(deadline=None)
 @given(
     slots=st.integers(1, 40),
-    batches=st.lists(
-        st.tuples(st.sets(st.integers(0, 60), max_size=6), st.integers(0, 4), st.booleans()), max_size=60
-    ),
+    batches=st.lists(st.tuples(st.sets(st.integers(0, 60), max_size=6), st.integers(0, 4), st.booleans()), max_size=60),
 )
 def test_random_traffic_keeps_the_promises(slots: int, batches: list[tuple[set[int], int, bool]]) -> None:
     log = ActivityLog(slots)

@@ -160,7 +160,7 @@ def test_second_opener_is_refused_with_a_sentence(file, path):
 def test_open_errors_are_sentences(tmp_path):
     with pytest.raises(BlockFileError, match=r"no such file; create it first$"):
         BlockFile.open(tmp_path / "missing")
-    with pytest.raises(BlockFileError, match="the directory .*gone does not exist"):
+    with pytest.raises(BlockFileError, match=r"the directory .*gone does not exist"):
         BlockFile.open(tmp_path / "gone" / "missing")
     with pytest.raises(BlockFileError, match="neither a regular file nor a block device"):
         BlockFile.open(tmp_path)

@@ -359,9 +359,7 @@ def test_both_promoted_while_apart() -> None:
     one.flags["is_primary"] = other.flags["is_primary"] = True
     assert direction(one, other) == (Kind.SPLIT_BRAIN, False)
     one.alone(11)
-    assert (
-        direction(one, other)[0] is Kind.REFUSED
-    )  # one has written: the other, still Primary, would be target
+    assert direction(one, other)[0] is Kind.REFUSED  # one has written: the other, still Primary, would be target
     other.alone(12)
     assert direction(one, other) == (Kind.SPLIT_BRAIN, False)
     one.flags = {"is_primary": False}
@@ -428,9 +426,7 @@ IDS = st.integers(0, 6)
 def sides(draw: st.DrawFn, node: str) -> Side:
     flag = st.booleans()
     primary = draw(flag)
-    generations = Generations(
-        draw(IDS), draw(IDS), tuple(draw(st.lists(st.integers(1, 6), max_size=3, unique=True)))
-    )
+    generations = Generations(draw(IDS), draw(IDS), tuple(draw(st.lists(st.integers(1, 6), max_size=3, unique=True))))
     return Side(
         node,
         generations,

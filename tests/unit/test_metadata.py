@@ -19,7 +19,7 @@ import xxhash
 
 from replica.activity_log import DEFAULT_SLOTS
 from replica.bitmap import SECTOR_BITS, Bitmap
-from replica.generation import Generations
+from replica.generation import MAX_ID, Generations
 from replica.metadata import Metadata, MetadataError, create_metadata, dump_metadata
 from replica.superblock import PeerRecord, Superblock, encode
 
@@ -112,6 +112,8 @@ def new_superblock(**changes: Any) -> Superblock:
         "al_slots": 61,
         "backing_fingerprint": "inode:1",
         "peers": [PeerRecord("node2")],
+        # Long enough that an update changes several disk sectors, and can be torn between them.
+        "generations": Generations(MAX_ID, 0, tuple(range(MAX_ID - 32, MAX_ID))),
     }
     return Superblock(**{**fields, **changes})
 
@@ -154,7 +156,7 @@ def run(work: Callable[[], Awaitable[None]]) -> None:
 
 
 def change(superblock: Superblock) -> None:
-    superblock.generations = Generations(6, 5, tuple(range(100, 132)))
+    superblock.generations = Generations(6, 5, tuple(range(MAX_ID - 40, MAX_ID - 8)))
     superblock.primary, superblock.just_created, superblock.inconsistent = True, False, False
     superblock.peers[0].outdated = True
 

@@ -121,9 +121,7 @@ def test_wrong_option_magic_ends_the_connection(shelf):
     assert isinstance(handshake.outcome, Ended)
 
 
-@pytest.mark.parametrize(
-    ("flags", "zeroes"), [(FIXED, 124), (FIXED_NO_ZEROES, 0)], ids=["zeroes", "no zeroes"]
-)
+@pytest.mark.parametrize(("flags", "zeroes"), [(FIXED, 124), (FIXED_NO_ZEROES, 0)], ids=["zeroes", "no zeroes"])
 def test_export_name(shelf, flags, zeroes):
     handshake = Handshake(shelf)
     output = handshake.feed(flags + option(c.OPT_EXPORT_NAME, b"web") + b"first request")
