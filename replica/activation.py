@@ -1,6 +1,7 @@
 """Transactions of the activity log: extents become hot, durably, before a write to them begins anywhere."""
 
 import asyncio
+import errno
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -61,7 +62,6 @@ class Activation:
         error = None if task.cancelled() else task.exception()
         if error is not None:
             self._wanted.clear()
-            self._volume.fail_deferred(error if isinstance(error, OSError) else OSError(str(error)))
-            self._volume.open_gate("activity log")
+            self._volume.end_changes(error if isinstance(error, OSError) else OSError(errno.EIO, str(error)))
         else:
             self.want(())

@@ -128,19 +128,27 @@ class Connector:
         return link
 
     async def _dial(self) -> None:
-        """Dial until there is a link, wait until it ends, begin again — at once the first time."""
+        """Dial until there is a link, wait until it ends, begin again: at once after a link that was in use (the peer
+        restarts, or both negotiate anew), but never twice at once after links that end right away.
+        """
+        patient = True
         while True:
             self._idle.clear()
-            was_open = await self._dial_once()
-            if not was_open:
+            lasted_s = await self._dial_once()
+            if lasted_s >= self._endpoints.connect_interval_s:
+                patient = True
+            elif lasted_s > 0 and patient:
+                patient = False
+            else:
+                patient = True
                 await asyncio.sleep(self._endpoints.connect_interval_s)
 
-    async def _dial_once(self) -> bool:
-        """One attempt; returns when it has failed or its link has ended. True when the link had been open a while."""
+    async def _dial_once(self) -> float:
+        """One attempt; returns when it has failed or its link has ended: how long that was open, in seconds (or 0)."""
         host, port = self._endpoints.peer_host, self._endpoints.peer_port
         link = self._new_link()
         if not isinstance(link, PeerLink):
-            return False
+            return 0.0
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(DIAL_TIMEOUT_S):
@@ -149,12 +157,12 @@ class Connector:
             self._greeting.discard(link)
             words = getattr(error, "strerror", None) or str(error) or "no answer"
             self._complain(f"cannot reach {self._settings.identity.peer} at {host}:{port} ({words}).")
-            return False
+            return 0.0
         began_s = loop.time()
         while not link.closed:
             await self._idle.wait()
             self._idle.clear()
-        return link.session != 0 and loop.time() - began_s >= self._endpoints.connect_interval_s
+        return max(loop.time() - began_s, 1e-6) if link.session else 0.0
 
     def _complain(self, sentence: str) -> None:
         self._failed(sentence)

@@ -9,6 +9,7 @@ import logging
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
+from nbdserver.blockfile import LostWriteError
 from replica import auth, wire
 from replica import config as cfg
 from replica.connector import Connector, Endpoints
@@ -262,7 +263,10 @@ class Resource:
 
     def disk_failed(self, error: OSError) -> None:
         """The local disk reported an error (`on-io-error`)."""
-        if self.settings.on_io_error == "pass-on" or self.failed or self._attached is None:
+        if self.failed or self._attached is None:
+            return
+        # After a failed flush nobody knows what the disk holds: it is given up whatever the policy is.
+        if self.settings.on_io_error == "pass-on" and not isinstance(error, LostWriteError):
             return
         self.failed = True
         disk, volume = self._attached

@@ -160,7 +160,10 @@ class State:
 
 
 def local_disk(*, attached: bool, failed: bool, inconsistent: bool, outdated: bool, current: bool) -> Disk:
-    """The state of a node's own disk. `current`: it is Primary, or in touch with a peer that confirmed its generation."""
+    """The state of a node's own disk.
+
+    `current`: the node is Primary, or in touch with a peer that confirmed its generation.
+    """
     if failed:
         return Disk.FAILED
     if not attached:

@@ -1,4 +1,4 @@
-"""A node's own disk: the data (`Store`) and the metadata file (`FileOfMetadata`), with what may block kept off the loop.
+"""A node's own disk: the data (`Store`) and the metadata file (`FileOfMetadata`), with what may block off the loop.
 
 These two classes are the seam of the simulator: it has its own pair with the same methods and a disk made of faults.
 Page-cache reads and writes run inline (about a microsecond for 4 KiB); everything that waits for a device runs in a

@@ -152,6 +152,8 @@ class Verbs:
         resource = self._resource
         if discard_my_data and resource.state.role is Role.PRIMARY:
             raise Refused(f"{self._name} is Primary on {self._node}: demote it before its data can be discarded.")
+        if discard_my_data and resource.state.connection is Connection.CONNECTED:
+            raise Refused(f"{self._name} is connected to {self._peer}: there is no split brain to end.")
         resource.discard_my_data = discard_my_data
         if resource.state.connection is Connection.STAND_ALONE:
             resource.state.change(connection=Connection.CONNECTING, last_error="")

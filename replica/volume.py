@@ -102,6 +102,7 @@ class Volume:
         self._held: list[_Answer] = []
         self._recording: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._ended: OSError | None = None
 
     # ── what the node is doing ───────────────────────────────────────────────────────────────────────────────
 
@@ -177,6 +178,9 @@ class Volume:
                 if extent >= last:
                     break
                 extent += 1
+        if self._ended is not None:
+            done(dict.fromkeys(range(len(writes)), errno.EIO))
+            return False
         if cold is not None:
             self._activation.want(cold)
         elif not self._gates and not (self.locks.held and self._any_locked(writes)):
@@ -332,6 +336,8 @@ class Volume:
 
     def _may_begin(self, start: int, stop: int) -> bool:
         """Whether a change of [start, stop) may begin in this very step; asks for what is missing."""
+        if self._ended is not None:
+            raise self._ended
         hot = self.activity_log.hot
         extents = range(start >> EXTENT_SHIFT, ((stop - 1) >> EXTENT_SHIFT) + 1)
         cold = [extent for extent in extents if extent not in hot]
@@ -459,12 +465,14 @@ class Volume:
         for writes, done in deferred:
             self.write_batch(writes, done)
 
-    def fail_deferred(self, error: OSError) -> None:
-        """The activity log cannot be written: what waits for it can never begin."""
+    def end_changes(self, error: OSError) -> None:
+        """The activity log cannot be written: no write that waits for it, or comes later, can ever begin."""
+        self._ended = error
         self._disk_failed(error)
         deferred, self._deferred = self._deferred, []
         for writes, done in deferred:
             done(dict.fromkeys(range(len(writes)), errno.EIO))
+        self._wake()
 
     def _wake(self) -> None:
         self._retry_deferred()

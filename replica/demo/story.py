@@ -189,8 +189,8 @@ class Story:
         # A node that had to write without its peer for a moment has a new generation.
         how = "without a resync" if self._generation(node) == generation else "after a short resync"
         screen.tick(
-            f"{node.name} is Primary {how}; the client reconnected, waited {writer.longest_pause_s:.2f} s at most "
-            "and saw no error; all its writes are there"
+            f"{node.name} is Primary {how}; the client waited {writer.longest_pause_s:.2f} s at most, saw no error and "
+            "misses no write"
         )
 
     def _stop(self) -> None:

@@ -6,13 +6,14 @@ is unknown because the server died first. Never are two requests that overlap un
 say which one wins.
 """
 
+import errno
 import os
 import random
 import select
 import struct
 import threading
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,19 +161,12 @@ class Load(threading.Thread):
         """Until so many more requests have been answered; AssertionError when the load ends or stalls before."""
         with self._moved:
             goal = self.done + more
-            self._moved.wait_for(lambda: self.done >= goal or not self.is_alive_now, patience_s)
+            self._moved.wait_for(lambda: self.done >= goal or not any(self._handles), patience_s)
             assert self.done >= goal, f"the load stopped: {self.errors[:3]} {self.failure!r}"
 
-    @property
-    def is_alive_now(self) -> bool:
-        """Whether it still sends."""
-        return self.failure is None and any(handle is not None for handle in self._handles)
-
-    def finish(self, *, drain: bool = True) -> None:
-        """End it: with `drain` every request under way is answered first. Raises what went wrong inside."""
+    def finish(self) -> None:
+        """End it, once everything under way is answered or its connection is dead. Raises what went wrong inside."""
         self._stopping = True
-        if not drain:
-            self._depth = 0
         os.write(self._wake_write, b"x")
         self.join(60.0)
         assert not self.is_alive(), "the load does not end: requests are not answered"
@@ -287,12 +281,8 @@ class Load(threading.Thread):
         if request is None:
             return
         if error:
-            # Of a dying connection, or of the server: which, is known to the handle once it is done with this.
-            handle = self._handles[index]
-            if handle is None or handle.aio_is_dead() or handle.aio_is_closed():
-                self._unanswered(serial, request)
-                return
-            self.errors.append(f"{request.kind} failed with {os.strerror(error)}")
+            if error != errno.ENOTCONN:  # which is libnbd's own word for "the connection died before the answer"
+                self.errors.append(f"{request.kind} failed: {os.strerror(error)}")
             self._unanswered(serial, request)
             return
         del self._busy[serial]
@@ -307,7 +297,7 @@ class Load(threading.Thread):
         del self._busy[serial]
         if request.count:
             self._model.doubt(request.first, request.count, request.write)
-        if self._reconnect and not (self._stopping and self._depth == 0):
+        if self._reconnect:
             # It stays in front of everything else: what overlaps it must wait until it is answered.
             self._again.append(request)
 
@@ -321,9 +311,3 @@ class Load(threading.Thread):
         with self._moved:
             self._moved.notify_all()
 
-
-def steps(rng: random.Random, choices: tuple[str, ...], count: int) -> Iterator[str]:
-    """`count` random ones of `choices`, each at least once where there is room."""
-    plan = list(choices) + [rng.choice(choices) for _ in range(max(0, count - len(choices)))]
-    rng.shuffle(plan)
-    yield from plan[:count]
