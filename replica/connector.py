@@ -85,7 +85,11 @@ class Connector:
 
     async def stop(self, reason: str) -> None:
         """Let go of everything."""
+        dialing = self._dialing
         self.disconnect(reason)
+        if dialing is not None:
+            # A connection that is only being made has no transport to close yet; its dialer lets go of it.
+            await asyncio.wait([dialing])
         for link in list(self._greeting):
             link.close(reason)
         if self._listener is not None:
@@ -158,6 +162,10 @@ class Connector:
             words = getattr(error, "strerror", None) or str(error) or "no answer"
             self._complain(f"cannot reach {self._settings.identity.peer} at {host}:{port} ({words}).")
             return 0.0
+        except asyncio.CancelledError:
+            # Or it would count as a greeting under way for ever.
+            self._greeting.discard(link)
+            raise
         began_s = loop.time()
         while not link.closed:
             await self._idle.wait()

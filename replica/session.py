@@ -102,6 +102,8 @@ class Session:
 
     async def _handshake(self) -> None:
         resource, link = self._resource, self._link
+        # What an earlier link brought may still be on its way to the disk in a thread: it must not land later.
+        await resource.past_finished()
         mine = resource.side()
         link.send_map(wire.STATE, {**resource.facts(), "side": _side_as_map(mine)})
         _, _, _, payload = await link.receive(wire.STATE)

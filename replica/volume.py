@@ -22,7 +22,6 @@ import asyncio
 import collections
 import errno
 import logging
-from array import array
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -38,6 +37,7 @@ from replica.metadata import Metadata
 from replica.range_lock import RangeLocks
 from replica.store import FailedStore, Store
 from replica.tasks import spawn
+from replica.unsettled import COUNT_BITS, Unsettled
 
 log = logging.getLogger("replica.volume")
 
@@ -45,9 +45,6 @@ Writes = Sequence[tuple[int, memoryview]]
 #: What to call when a batch is done, the errors of the local writes, and how many writes it has.
 _Answer = tuple[WriteDone, Mapping[int, int], int]
 
-#: `unsettled` packs (first block, count) in one 64-bit number: 40 bits of block number, 24 bits of count.
-_COUNT_BITS: Final = 24
-_COUNT_MASK: Final = (1 << _COUNT_BITS) - 1
 #: A round is due after so many writes even if they are small: bounds the memory of `unsettled` (8 bytes each).
 _SETTLE_WRITES: Final = 1 << 16
 
@@ -88,8 +85,7 @@ class Volume:
         self._sequence = 0
         self._in_flight: collections.deque[tuple[int, _Answer]] = collections.deque()
         self._asked: dict[int, asyncio.Future[bool]] = {}
-        self._unsettled = array("Q")
-        self._settling = array("Q")
+        self._unsettled = Unsettled()
         self._unflushed_bytes = 0
         self.epoch = 1
         self.settled_epoch = 0
@@ -123,10 +119,8 @@ class Volume:
     def stop_mirroring(self) -> None:
         """The link is gone. What the peer may lack becomes dirty; what waited for it waits for the record instead."""
         self._link = None
-        for entries in (self._settling, self._unsettled):
-            for entry in entries:
-                self.bitmap.set_range(entry >> _COUNT_BITS, entry & _COUNT_MASK)
-        self._settling, self._unsettled = array("Q"), array("Q")
+        for first, count in self._unsettled.take_all():
+            self.bitmap.set_range(first, count)
         in_flight, self._in_flight = self._in_flight, collections.deque()
         for _, answer in in_flight:
             self._finish_alone(answer)
@@ -193,7 +187,7 @@ class Volume:
 
     def _write_mirrored(self, link: PeerLink, writes: Writes, done: WriteDone) -> bool:
         sequence = self._sequence
-        unsettled, pack = self._unsettled, wire.HEADER.pack
+        note, pack = self._unsettled.recent.append, wire.HEADER.pack
         buffers: list[bytes | memoryview] = []
         total = 0
         for offset, data in writes:
@@ -203,7 +197,7 @@ class Volume:
             buffers.append(pack(wire.WRITE, 0, 0, length, sequence, offset, check))
             buffers.append(data)
             first = offset >> BLOCK_SHIFT
-            unsettled.append(first << _COUNT_BITS | (((offset + length - 1) >> BLOCK_SHIFT) - first + 1))
+            note(first << COUNT_BITS | (((offset + length - 1) >> BLOCK_SHIFT) - first + 1))
             total += length
         self._sequence = sequence
         # The peer first: it works while the local writes are done.
@@ -319,7 +313,7 @@ class Volume:
         first, last = offset >> BLOCK_SHIFT, (offset + length - 1) >> BLOCK_SHIFT
         asked: asyncio.Future[bool] | None = None
         if self._link is not None:
-            self._note_unsettled(first, last - first + 1)
+            self._unsettled.note(first, last - first + 1)
             asked = remotely()
         else:
             self.bitmap.set_range(first, last - first + 1)
@@ -349,12 +343,6 @@ class Volume:
         for extent in extents:
             hot[extent] = self.epoch
         return True
-
-    def _note_unsettled(self, first: int, count: int) -> None:
-        while count > 0:
-            step = min(count, _COUNT_MASK)
-            self._unsettled.append(first << _COUNT_BITS | step)
-            first, count = first + step, count - step
 
     def _ask(self, kind: int, payload: bytes = b"", *, flags: int = 0, offset: int = 0) -> "asyncio.Future[bool]":
         """Send a request that the peer answers with DONE. Result: False when the link was lost first."""
@@ -387,7 +375,7 @@ class Volume:
     async def _run_round(self) -> None:
         epoch = self.epoch
         self.epoch += 1
-        self._settling, self._unsettled = self._unsettled, array("Q")
+        self._unsettled.begin_round()
         self._unflushed_bytes = 0
         if self._changing:
             # They touched their extents in this epoch; it is not settled before they are done and flushed.
@@ -400,20 +388,20 @@ class Volume:
             raise
         by_peer = await asked if asked is not None else False
         if by_peer:
-            self._settling = array("Q")
+            self._unsettled.end_round()
         self.settled_epoch = epoch
         if not by_peer and self.bitmap.count:
             await self.ensure_alone_recorded()
 
     def _count_unflushed(self, length: int) -> None:
         self._unflushed_bytes += length
-        due = self._unflushed_bytes >= self.settings.settle_bytes or len(self._unsettled) >= _SETTLE_WRITES
+        due = self._unflushed_bytes >= self.settings.settle_bytes or len(self._unsettled.recent) >= _SETTLE_WRITES
         if due and not self._rounds.running:
             self._settle_in_background()
 
     def _tick(self) -> None:
         self._timer = None
-        if not self._rounds.running and (self._unsettled or self._unflushed_bytes):
+        if not self._rounds.running and self._unflushed_bytes:
             self._settle_in_background()
         self.start_timer()
 

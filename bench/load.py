@@ -1,0 +1,152 @@
+"""What clients do: loops over libnbd and runs of fio, at random offsets of a part of the volume."""
+
+import importlib
+import importlib.util
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+#: The part of the volume that is written to: bounds the memory that images in memory take.
+SPAN_BYTES = 256 << 20
+EXTENT_BYTES = 4 << 20
+_OFFSETS = 4096
+
+
+def libnbd() -> Any | None:
+    """libnbd's module, or None. Debian installs it for the system's Python; a virtual environment does not see that."""
+    if importlib.util.find_spec("nbd") is None:
+        sys.path.append("/usr/lib/python3/dist-packages")
+    return importlib.import_module("nbd") if importlib.util.find_spec("nbd") is not None else None
+
+
+@dataclass(frozen=True)
+class Workload:
+    """``kind`` is "write", "read" or "flush" (a write, then a flush); ``depth`` requests are under way at once."""
+
+    kind: str
+    length: int
+    depth: int = 1
+
+    @property
+    def name(self) -> str:
+        """ "write 4 KiB, depth 16"."""
+        size = f"{self.length >> 20} MiB" if self.length >= 1 << 20 else f"{self.length >> 10} KiB"
+        verb = "write+flush" if self.kind == "flush" else self.kind
+        return f"{verb} {size}, depth {self.depth}"
+
+
+def offsets(length: int, seed: int = 1) -> list[int]:
+    """Random multiples of ``length``; the same for every server, so that all do the same work."""
+    rng = random.Random(seed)
+    return [rng.randrange(SPAN_BYTES // length) * length for _ in range(_OFFSETS)]
+
+
+class Client:
+    """One libnbd connection and a place in the list of offsets."""
+
+    def __init__(self, uri: str, workload: Workload) -> None:
+        nbd = libnbd()
+        assert nbd is not None
+        self._handle = nbd.NBD()
+        self._handle.connect_uri(uri)
+        self._workload = workload
+        self._data = random.Random(2).randbytes(workload.length)
+        self._buffers = [nbd.Buffer.from_bytearray(bytearray(self._data)) for _ in range(workload.depth)]
+        self._offsets = offsets(workload.length)
+        self._next = 0
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.shutdown()
+
+    def warm_up(self) -> None:
+        """Touch every extent once: first writes cost more (activity log, memory of the image), then no more."""
+        for offset in range(0, SPAN_BYTES, EXTENT_BYTES):
+            self._handle.pwrite(self._data[:4096], offset)
+        if self._workload.kind == "read":
+            for offset in self._offsets:
+                self._handle.pwrite(self._data, offset)
+        self._handle.flush()
+
+    def one(self) -> None:
+        """One request, or a write and a flush."""
+        offset = self._offset()
+        match self._workload.kind:
+            case "write":
+                self._handle.pwrite(self._data, offset)
+            case "read":
+                self._handle.pread(self._workload.length, offset)
+            case "flush":
+                self._handle.pwrite(self._data, offset)
+                self._handle.flush()
+
+    def many(self, count: int) -> None:
+        """``count`` requests, always ``depth`` of them under way."""
+        if self._workload.depth == 1:
+            for _ in range(count):
+                self.one()
+            return
+        handle, free, errors = self._handle, list(self._buffers), []
+        start = handle.aio_pwrite if self._workload.kind == "write" else handle.aio_pread
+        started = 0
+        while started < count or len(free) < len(self._buffers):
+            while free and started < count:
+                buffer = free.pop()
+                start(buffer, self._offset(), completion=_completion(buffer, free, errors))
+                started += 1
+            handle.poll(-1)
+        if errors:
+            raise OSError(errors[0], "a request failed")
+
+    def rate(self, seconds: float) -> float:
+        """Requests per second over about so many seconds."""
+        batch = max(self._workload.depth * 4, 8 if self._workload.length < 1 << 20 else 1)
+        done, began_s = 0, time.perf_counter()
+        while (took_s := time.perf_counter() - began_s) < seconds:
+            self.many(batch)
+            done += batch
+        return done / took_s
+
+    def _offset(self) -> int:
+        self._next = (self._next + 1) % _OFFSETS
+        return self._offsets[self._next]
+
+
+def _completion(buffer: Any, free: list[Any], errors: list[int]) -> Any:
+    def completed(error: int) -> int:
+        if error:
+            errors.append(error)
+        free.append(buffer)
+        return 1  # libnbd may forget the request
+
+    return completed
+
+
+def has_fio() -> bool:
+    """Whether fio is there, with its NBD engine."""
+    if shutil.which("fio") is None:
+        return False
+    engines = subprocess.run(["fio", "--enghelp"], capture_output=True, text=True, check=False).stdout
+    return "nbd" in engines.split()
+
+
+def fio_rate(uri: str, workload: Workload, seconds: float) -> float:
+    """Requests per second that fio measures."""
+    kind = {"write": "randwrite", "read": "randread"}[workload.kind]
+    command: Sequence[str] = (
+        *("fio", "--name=bench", "--ioengine=nbd", f"--uri={uri}", f"--rw={kind}", f"--bs={workload.length}"),
+        *(f"--iodepth={workload.depth}", f"--size={SPAN_BYTES}", "--time_based", f"--runtime={seconds}"),
+        *("--randrepeat=1", "--norandommap", "--output-format=json"),
+    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 60, check=True)
+    report = json.loads(done.stdout[done.stdout.index("{") :])  # its first line is not JSON
+    rate: float = report["jobs"][0]["write" if workload.kind == "write" else "read"]["iops"]
+    return rate
