@@ -220,6 +220,8 @@ def requests(draw):
             offset = length = 0
         if command == c.CMD_WRITE and flags == c.CMD_FLAG_FUA:
             offset, length = SIZE * 3 // 4 + cookie * 4096, min(length, 4096)
+        elif offset < SIZE * 3 // 4:
+            length = min(length, SIZE * 3 // 4 - offset)  # plain requests stay clear of the slow ones' places
         payload = bytes([cookie + 1]) * length if command == c.CMD_WRITE else b""
         header = struct.pack(">IHHQQI", c.REQUEST_MAGIC, flags, command, cookie, offset, length)
         found.append((length if command == c.CMD_READ else 0, header + payload))
@@ -255,14 +257,16 @@ def test_transmission_does_not_depend_on_the_cuts(batch, some_cuts, other_cuts):
         sent, contents, closed = serve(chunks)
         assert not closed
         runs.append((split_replies(sent[PREAMBLE_BYTES:], lengths), contents))
-    assert runs[0] == runs[1] == runs[2]
+    same = runs[0] == runs[1] == runs[2]
+    assert same
 
 
 @FUZZ
 @given(requests().map(lambda batch: [one for one in batch if not one[0]]), CUTS)
 def test_an_export_that_keeps_the_views_gets_the_same_data(batch, cuts):
     data = OPENING + b"".join(sent for _, sent in batch)
-    assert serve(cut(data, cuts), keep=True)[1] == serve([data])[1]
+    same = serve(cut(data, cuts), keep=True)[1] == serve([data])[1]
+    assert same  # not the comparison itself: pytest would spend minutes on showing two megabytes
 
 
 @FUZZ
