@@ -9,8 +9,9 @@ import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, cast
 
+from replica import wire
 from replica.auth import NONCE_BYTES
 from replica.errors import ReplicaError
 from replica.link import LinkSettings, PeerLink
@@ -65,7 +66,7 @@ class Connector:
         """Listen, on the node that listens. Raises ReplicaError when the port is taken."""
         if not self._endpoints.dialer:
             self._listener = await self._runtime.listen(
-                self._endpoints.local_host, self._endpoints.port, self._new_link
+                self._endpoints.local_host, self._endpoints.port, self._accepted
             )
 
     def connect(self) -> None:
@@ -101,11 +102,7 @@ class Connector:
         """A connection has proven itself."""
         self._greeting.discard(link)
         if self._stand_alone:
-            identity = self._settings.identity
-            link.refuse(
-                f"{identity.resource} is StandAlone on {identity.node}: run `replicactl connect {identity.resource}` "
-                "there."
-            )
+            link.refuse(self._is_stand_alone())
             return
         if self._link is not None:
             self._link.close("the peer made a newer connection.")
@@ -123,6 +120,14 @@ class Connector:
         self._idle.set()
 
     # ── inside ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _accepted(self) -> asyncio.BaseProtocol:
+        # Said before the greeting: the peer, which dials again and again, never takes this for a connection.
+        return _TurnedAway(self._is_stand_alone()) if self._stand_alone else self._new_link()
+
+    def _is_stand_alone(self) -> str:
+        identity = self._settings.identity
+        return f"{identity.resource} is StandAlone on {identity.node}: run `replicactl connect {identity.resource}` there."
 
     def _new_link(self) -> asyncio.BaseProtocol:
         if len(self._greeting) >= MAX_GREETINGS:
@@ -177,8 +182,13 @@ class Connector:
 
 
 class _TurnedAway(asyncio.Protocol):
-    """Too many unproven connections at once: the newest is closed unread."""
+    """A connection that is closed unread: too many unproven ones at once, or a peer that must wait for an operator."""
+
+    def __init__(self, reason: str = "") -> None:
+        self._reason = reason
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         with contextlib.suppress(OSError):
+            if self._reason:
+                cast(asyncio.Transport, transport).write(wire.pack(wire.ERROR, self._reason.encode()))
             transport.close()

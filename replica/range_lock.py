@@ -14,7 +14,7 @@ class RangeLocks:
     """The ranges held right now; few at any time, so a list is searched."""
 
     def __init__(self, released: Callable[[], None]) -> None:
-        """`released` is called after each release (the volume retries what it had put off)."""
+        """`released` is called after each release, before anyone who waits in `free` or `hold` gets its turn."""
         self.held: list[tuple[int, int]] = []
         self._released = released
         self._waiters: list[asyncio.Future[None]] = []
@@ -23,25 +23,28 @@ class RangeLocks:
         """Whether [start, stop) shares a byte with a held range."""
         return any(start < held_stop and held_start < stop for held_start, held_stop in self.held)
 
-    async def free(self, start: int, stop: int) -> None:
-        """Wait until no held range overlaps [start, stop) — true only until the caller next awaits."""
-        while self.overlaps(start, stop):
-            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiters.append(waiter)
-            await waiter
+    def take(self, start: int, stop: int) -> None:
+        """Hold [start, stop), which the caller knows to be free."""
+        self.held.append((start, stop))
+
+    def release(self, start: int, stop: int) -> None:
+        """Let go of a range that was taken."""
+        self.held.remove((start, stop))
+        self._released()
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
 
     @asynccontextmanager
     async def hold(self, start: int, stop: int) -> AsyncIterator[None]:
         """Hold [start, stop) once nobody else does."""
-        await self.free(start, stop)
-        held = (start, stop)
-        self.held.append(held)
+        while self.overlaps(start, stop):
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            await waiter
+        self.take(start, stop)
         try:
             yield
         finally:
-            self.held.remove(held)
-            self._released()
-            waiters, self._waiters = self._waiters, []
-            for waiter in waiters:
-                if not waiter.done():
-                    waiter.set_result(None)
+            self.release(start, stop)

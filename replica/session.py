@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("replica.session")
 
 HANDSHAKE_TIMEOUT_S: Final = 60.0
+#: How long the peer may take to see that the two copies do not fit together.
+PARTING_TIMEOUT_S: Final = 2.0
 _BITMAP_MESSAGE_BYTES: Final = 256 << 10
 
 
@@ -55,6 +57,7 @@ class Session:
         self._source: SyncSource | None = None
         self._target: SyncTarget | None = None
         self._peer_paused = False
+        self._parting = ""
         link.expect(wire.STATE, wire.BITMAP, wire.SYNC_START, wire.SYNC_READY, wire.SYNC_FINISH, wire.SYNC_DONE)
         link.handlers[wire.UPDATE] = self._on_update
         link.handlers[wire.REQUEST] = self._on_request
@@ -64,6 +67,8 @@ class Session:
 
     def end(self) -> None:
         """The link is gone: stop what depends on it."""
+        if self._parting:
+            self._resource.stand_alone(self._parting)
         self._task.cancel()
 
     async def finished(self) -> None:
@@ -86,7 +91,7 @@ class Session:
         except LinkLost:
             pass
         except Refusal as refusal:
-            self._resource.stand_alone(str(refusal))
+            await self._part(str(refusal))
         except TimeoutError:
             self._link.refuse("the handshake was not complete in time.")
         except OSError as error:
@@ -97,6 +102,18 @@ class Session:
         except Exception:
             self._link.refuse(f"{self._resource.node_name} met a fault of its own; its log says more.")
             raise
+
+    async def _part(self, reason: str) -> None:
+        """Go StandAlone, and let the peer come to the same conclusion: were the link closed at once, the peer would
+        see a lost connection before its own verdict, and dial again and again.
+        """
+        self._parting = reason
+        self._link.send_map(wire.STATE, {"refused": True})
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PARTING_TIMEOUT_S):
+                await self._link.receive(wire.STATE)
+        self._parting = ""
+        self._resource.stand_alone(reason)
 
     # ── handshake ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -201,7 +218,7 @@ class Session:
             self._link,
             resource.disk.store,
             resource.disk.bitmap,
-            resource.volume.locks,
+            resource.volume.admission.locks,
             resource.settings.resync_rate_bytes_s,
         )
         resource.volume.start_mirroring(self._link)
@@ -213,14 +230,14 @@ class Session:
         no write falls between its record and the first mirrored write.
         """
         resource = self._resource
-        resource.volume.close_gate("handshake")
+        resource.volume.admission.close_gate("handshake")
         try:
             await self._count_peer_in()
             self._send_start()
             await self._link.receive(wire.SYNC_READY)
             self._establish()
         finally:
-            resource.volume.open_gate("handshake")
+            resource.volume.admission.open_gate("handshake")
         await self._close_generation()
 
     def _send_start(self) -> None:

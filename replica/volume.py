@@ -28,13 +28,12 @@ from typing import Final
 
 from nbdserver.export import NO_ERRORS, WriteDone
 from replica import wire
-from replica.activation import Activation
 from replica.activity_log import EXTENT_SHIFT, ActivityLog
+from replica.admission import Admission
 from replica.bitmap import BLOCK_SHIFT, Bitmap
 from replica.group_commit import GroupCommit
 from replica.link import PeerLink
 from replica.metadata import Metadata
-from replica.range_lock import RangeLocks
 from replica.store import FailedStore, Store
 from replica.tasks import spawn
 from replica.unsettled import COUNT_BITS, Unsettled
@@ -78,7 +77,7 @@ class Volume:
         self.activity_log = activity_log
         #: Superblock says that the peer lacks writes: alone, writes may be answered (safety rule "Ack").
         self.alone_recorded = False
-        self.locks = RangeLocks(self._wake)
+        self.admission = Admission(self)
         self._record_alone = record_alone
         self._disk_failed = disk_failed
         self._link: PeerLink | None = None
@@ -90,15 +89,10 @@ class Volume:
         self.epoch = 1
         self.settled_epoch = 0
         self._rounds = GroupCommit(lambda: spawn(self._run_round(), "flush of both copies"))
-        self._gates: set[str] = set()
         self._changing: set[asyncio.Future[None]] = set()
-        self._deferred: list[tuple[Writes, WriteDone]] = []
-        self._changed: list[asyncio.Future[None]] = []
-        self._activation = Activation(self)
         self._held: list[_Answer] = []
         self._recording: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._ended: OSError | None = None
 
     # ── what the node is doing ───────────────────────────────────────────────────────────────────────────────
 
@@ -144,46 +138,40 @@ class Volume:
             self._timer.cancel()
             self._timer = None
 
-    def close_gate(self, reason: str) -> None:
-        """Put off all new changes until the gate of this reason opens again; what is under way goes on."""
-        self._gates.add(reason)
-
-    def open_gate(self, reason: str) -> None:
-        """Let changes through again, those put off first."""
-        self._gates.discard(reason)
-        self._wake()
+    def report_failure(self, error: OSError) -> None:
+        """The local disk, or the disk of its metadata, reported an error."""
+        self._disk_failed(error)
 
     # ── plain writes ─────────────────────────────────────────────────────────────────────────────────────────
 
     def write_batch(self, writes: Writes, done: WriteDone) -> bool:
         """See `nbdserver.export.Export.write_batch`."""
         hot, epoch = self.activity_log.hot, self.epoch
-        cold: list[int] | None = None
+        all_hot = True
         for offset, data in writes:
             extent = offset >> EXTENT_SHIFT
             last = (offset + len(data) - 1) >> EXTENT_SHIFT
-            while True:
+            if extent in hot:
+                hot[extent] = epoch
+            else:
+                all_hot = False
+            while extent < last:
+                extent += 1
                 if extent in hot:
                     hot[extent] = epoch
-                elif cold is None:
-                    cold = [extent]
                 else:
-                    cold.append(extent)
-                if extent >= last:
-                    break
-                extent += 1
-        if self._ended is not None:
-            done(dict.fromkeys(range(len(writes)), errno.EIO))
-            return False
-        if cold is not None:
-            self._activation.want(cold)
-        elif not self._gates and not (self.locks.held and self._any_locked(writes)):
-            if self._link is not None:
-                return self._write_mirrored(self._link, writes, done)
-            self._write_alone(writes, done)
-            return False
-        self._deferred.append((writes, done))
+                    all_hot = False
+        if all_hot and self.admission.admits(writes):
+            return self.submit(writes, done)
+        self.admission.put_off(writes, done)
         return True
+
+    def submit(self, writes: Writes, done: WriteDone) -> bool:
+        """Carry out writes that may begin: their extents are hot, and nothing keeps them back."""
+        if self._link is not None:
+            return self._write_mirrored(self._link, writes, done)
+        self._write_alone(writes, done)
+        return False
 
     def _write_mirrored(self, link: PeerLink, writes: Writes, done: WriteDone) -> bool:
         sequence = self._sequence
@@ -256,9 +244,6 @@ class Volume:
             done, errors, _ = in_flight.popleft()[1]
             done(errors)
 
-    def _any_locked(self, writes: Writes) -> bool:
-        return any(self.locks.overlaps(offset, offset + len(data)) for offset, data in writes)
-
     # ── writes off the loop ──────────────────────────────────────────────────────────────────────────────────
 
     async def write_durable(self, offset: int, data: bytes) -> None:
@@ -271,7 +256,17 @@ class Volume:
         )
 
     async def zero(self, offset: int, length: int, punch: bool) -> None:
-        """Make the range read as zeroes on both nodes; `punch`: and deallocate it where the store can."""
+        """Make the range read as zeroes on both nodes; `punch`: and deallocate it where the store can.
+
+        In pieces: a range may be longer than what the activity log can hold, and writes to it wait meanwhile.
+        """
+        stop = offset + length
+        while offset < stop:
+            piece_stop = min(stop, offset + self.admission.max_change_bytes)
+            await self._zero_piece(offset, piece_stop - offset, punch)
+            offset = piece_stop
+
+    async def _zero_piece(self, offset: int, length: int, punch: bool) -> None:
         flags = wire.FLAG_PUNCH if punch else 0
         await self._change(
             offset,
@@ -287,18 +282,16 @@ class Volume:
         locally: Callable[[], Awaitable[None]],
         remotely: Callable[[], "asyncio.Future[bool]"],
     ) -> None:
-        """A change that may block: under its range lock on both nodes at once."""
-        stop = offset + length
-        while not self._may_begin(offset, stop):
-            await self._something_changed()
-        async with self.locks.hold(offset, stop):
-            finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._changing.add(finished)
-            try:
-                by_peer = await self._change_both(offset, length, locally, remotely)
-            finally:
-                self._changing.discard(finished)
-                finished.set_result(None)
+        """A change that may block: under its range lock, on both nodes at once."""
+        await self.admission.begin_change(offset, offset + length)
+        finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._changing.add(finished)
+        try:
+            by_peer = await self._change_both(offset, length, locally, remotely)
+        finally:
+            self._changing.discard(finished)
+            finished.set_result(None)
+            self.admission.end_change(offset, offset + length)
         if not by_peer:
             await self.ensure_alone_recorded()
 
@@ -327,22 +320,6 @@ class Volume:
         finally:
             by_peer = await asked if asked is not None else False
         return by_peer
-
-    def _may_begin(self, start: int, stop: int) -> bool:
-        """Whether a change of [start, stop) may begin in this very step; asks for what is missing."""
-        if self._ended is not None:
-            raise self._ended
-        hot = self.activity_log.hot
-        extents = range(start >> EXTENT_SHIFT, ((stop - 1) >> EXTENT_SHIFT) + 1)
-        cold = [extent for extent in extents if extent not in hot]
-        if cold:
-            self._activation.want(cold)
-            return False
-        if self._gates or self.locks.overlaps(start, stop):
-            return False
-        for extent in extents:
-            hot[extent] = self.epoch
-        return True
 
     def _ask(self, kind: int, payload: bytes = b"", *, flags: int = 0, offset: int = 0) -> "asyncio.Future[bool]":
         """Send a request that the peer answers with DONE. Result: False when the link was lost first."""
@@ -412,7 +389,7 @@ class Volume:
 
     async def empty_activity_log(self) -> None:
         """On demotion: everything is flushed, bits that are left are made durable, and no extent stays hot."""
-        await self._activation.idle()
+        await self.admission.idle()
         await self.flush()
         await self.metadata.save_bitmap(self.bitmap)
         await self.metadata.save_activity_log(())
@@ -445,34 +422,6 @@ class Volume:
             held, self._held = self._held, []
             for done, errors, count in held:
                 done(errors if failure is None else dict.fromkeys(range(count), errno.EIO))
-
-    # ── what was put off ─────────────────────────────────────────────────────────────────────────────────────
-
-    def _retry_deferred(self) -> None:
-        deferred, self._deferred = self._deferred, []
-        for writes, done in deferred:
-            self.write_batch(writes, done)
-
-    def end_changes(self, error: OSError) -> None:
-        """The activity log cannot be written: no write that waits for it, or comes later, can ever begin."""
-        self._ended = error
-        self._disk_failed(error)
-        deferred, self._deferred = self._deferred, []
-        for writes, done in deferred:
-            done(dict.fromkeys(range(len(writes)), errno.EIO))
-        self._wake()
-
-    def _wake(self) -> None:
-        self._retry_deferred()
-        changed, self._changed = self._changed, []
-        for future in changed:
-            if not future.done():
-                future.set_result(None)
-
-    async def _something_changed(self) -> None:
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._changed.append(future)
-        await future
 
 
 def _ignore(flags: int, sequence: int, offset: int, payload: memoryview) -> None:
