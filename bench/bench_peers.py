@@ -8,6 +8,7 @@ from bench import peers
 from bench.conftest import COMPARISON
 
 
+@pytest.mark.benchmark(group="the comparison as a whole")
 def test_beside_other_servers(benchmark: Any, request: pytest.FixtureRequest) -> None:
     """One round of this benchmark is the whole comparison."""
     try:

@@ -10,13 +10,14 @@ from bench.servers import Target
 _MANY = 320
 
 
+def _of_size(name: str, length: int, rounds: int) -> Any:
+    group = pytest.mark.benchmark(group=f"one write of {name}")
+    return pytest.param(Workload("write", length), rounds, id=name.replace(" ", ""), marks=group)
+
+
 @pytest.mark.parametrize(
     ("workload", "rounds"),
-    [
-        pytest.param(Workload("write", 4 << 10), 2000, id="4KiB"),
-        pytest.param(Workload("write", 64 << 10), 500, id="64KiB"),
-        pytest.param(Workload("write", 1 << 20), 100, id="1MiB"),
-    ],
+    [_of_size("4 KiB", 4 << 10, 2000), _of_size("64 KiB", 64 << 10, 500), _of_size("1 MiB", 1 << 20, 100)],
 )
 def test_one_write(benchmark: Any, target: Target, workload: Workload, rounds: int) -> None:
     """A round is one write: its time is the latency a client sees."""
@@ -25,6 +26,7 @@ def test_one_write(benchmark: Any, target: Target, workload: Workload, rounds: i
         benchmark.pedantic(client.one, rounds=rounds, warmup_rounds=50)
 
 
+@pytest.mark.benchmark(group="320 writes of 4 KiB at depth 16")
 def test_writes_at_depth_16(benchmark: Any, target: Target) -> None:
     """A round is 320 writes of 4 KiB, 16 of them always under way."""
     with Client(target.uri, Workload("write", 4 << 10, 16)) as client:
@@ -33,6 +35,7 @@ def test_writes_at_depth_16(benchmark: Any, target: Target) -> None:
         benchmark.extra_info["writes_per_second"] = round(_MANY / benchmark.stats.stats.median)
 
 
+@pytest.mark.benchmark(group="a write of 4 KiB and a flush")
 def test_write_and_flush(benchmark: Any, target: Target) -> None:
     """A round is a write of 4 KiB and a flush: durable on both nodes."""
     with Client(target.uri, Workload("flush", 4 << 10)) as client:

@@ -44,7 +44,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     comparison = config.stash.get(COMPARISON, None)
     if comparison is not None:
         terminalreporter.section("Replica beside other servers")
-        console = Console(width=max(130, terminalreporter._tw.fullwidth))
+        console = Console(width=max(170, terminalreporter._tw.fullwidth))
         console.print(peers.as_table(comparison))
         for name in comparison.left_out:
             terminalreporter.write_line(f"not installed: {name}")

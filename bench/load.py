@@ -14,7 +14,7 @@ from typing import Any
 
 #: The part of the volume that is written to: bounds the memory that images in memory take.
 SPAN_BYTES = 256 << 20
-EXTENT_BYTES = 4 << 20
+_FILL_BYTES = 1 << 20
 _OFFSETS = 4096
 
 
@@ -68,12 +68,13 @@ class Client:
         self._handle.shutdown()
 
     def warm_up(self) -> None:
-        """Touch every extent once: first writes cost more (activity log, memory of the image), then no more."""
-        for offset in range(0, SPAN_BYTES, EXTENT_BYTES):
-            self._handle.pwrite(self._data[:4096], offset)
-        if self._workload.kind == "read":
-            for offset in self._offsets:
-                self._handle.pwrite(self._data, offset)
+        """Write the whole span once: the first write to a place costs more (activity log, memory), later ones do not.
+
+        It also leaves no holes, which some servers read faster than data.
+        """
+        data = random.Random(3).randbytes(_FILL_BYTES)
+        for offset in range(0, SPAN_BYTES, _FILL_BYTES):
+            self._handle.pwrite(data, offset)
         self._handle.flush()
 
     def one(self) -> None:

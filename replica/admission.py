@@ -155,7 +155,9 @@ class Admission:
         self._waiting = still
         if writes:
             self._submit(writes)
-        if cold and self._task is None:
+        # Work whose extents are hot but locked may fill the log for now; then the release of its lock comes back here,
+        # and to try again at once would be a loop without a pause (found by the simulator).
+        if cold and self._task is None and self._wanted():
             self._task = spawn(self._activate(), "activity log")
             self._task.add_done_callback(self._activated)
 

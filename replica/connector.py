@@ -127,7 +127,9 @@ class Connector:
 
     def _is_stand_alone(self) -> str:
         identity = self._settings.identity
-        return f"{identity.resource} is StandAlone on {identity.node}: run `replicactl connect {identity.resource}` there."
+        return (
+            f"{identity.resource} is StandAlone on {identity.node}: run `replicactl connect {identity.resource}` there."
+        )
 
     def _new_link(self) -> asyncio.BaseProtocol:
         if len(self._greeting) >= MAX_GREETINGS:

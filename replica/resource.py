@@ -265,8 +265,10 @@ class Resource:
         """The local disk reported an error (`on-io-error`)."""
         if self.failed or self._attached is None:
             return
-        # After a failed flush nobody knows what the disk holds: it is given up whatever the policy is.
-        if self.settings.on_io_error == "pass-on" and not isinstance(error, LostWriteError):
+        # Passing an error on takes a client to pass it to; a Secondary's copy must not silently lack a write. And after
+        # a failed flush nobody knows what the disk holds. In both cases it is given up, whatever the policy is.
+        pass_on = self.settings.on_io_error == "pass-on" and self.state.role is Role.PRIMARY
+        if pass_on and not isinstance(error, LostWriteError):
             return
         self.failed = True
         disk, volume = self._attached
@@ -275,7 +277,8 @@ class Resource:
         superblock = disk.metadata.superblock
         superblock.inconsistent = True
         self._background(self._record_failure(disk))
-        if self.state.role is Role.SECONDARY and self.link is not None:
+        # As source of a resync, too: what the disk still gives must not be taken for a good copy.
+        if self.link is not None and (self.state.role is Role.SECONDARY or self.syncing):
             self.link.refuse(f"the disk of {self.node_name} failed ({error.strerror or error}).")
         self.changed()
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from replica import wire
-from replica.bitmap import BLOCK_SHIFT, Bitmap
+from replica.bitmap import BLOCK_SHIFT, BLOCK_SIZE, Bitmap
 from replica.link import PeerLink
 from replica.range_lock import RangeLocks
 from replica.store import Store
@@ -26,8 +26,9 @@ WINDOW_BYTES: Final = 4 << 20
 RUN_BYTES: Final = 256 << 20
 #: Shorter holes are sent as data: a round trip each would cost more than it saves.
 MIN_HOLE_BYTES: Final = 64 << 10
-#: A flush on the target is asked for after so much data; bits are cleared at that pace.
+#: A flush on the target is asked for after so much data or time; bits are cleared, and progress shows, at that pace.
 CHECKPOINT_BYTES: Final = 64 << 20
+CHECKPOINT_INTERVAL_S: Final = 0.5
 
 Ranges = list[tuple[int, int]]
 
@@ -48,6 +49,7 @@ class SyncSource:
         self._in_window = 0
         self._sent: Ranges = []
         self._sent_bytes = 0
+        self._checkpoint_due_s = 0.0
         self._checkpoints: dict[int, Ranges] = {}
         self._progress = asyncio.Event()
         self._running = asyncio.Event()
@@ -72,9 +74,6 @@ class SyncSource:
                 cursor = first + count
                 stop = min(cursor << BLOCK_SHIFT, self._store.size_bytes)
                 await self._send_range(first << BLOCK_SHIFT, stop)
-                self._sent.append(run)
-                if self._sent_bytes >= CHECKPOINT_BYTES:
-                    self._checkpoint()
             await self._until(lambda: not self._unacknowledged)
             self._checkpoint()
             await self._until(lambda: not self._checkpoints)
@@ -82,22 +81,34 @@ class SyncSource:
     # ── sending ──────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _send_range(self, position: int, stop: int) -> None:
+        """Send [position, stop) in pieces of whole blocks: what of it is in the source, and its holes as holes."""
         while position < stop:
             await self._running.wait()
-            start, data_stop = await self._store.next_data(position, stop)
+            start, data_stop = await self._next_data(position, stop)
             if start - position >= MIN_HOLE_BYTES or start >= stop:
-                position = await self._send_hole(position, min(start, stop))
+                piece_stop = await self._send_hole(position, start)
+                self._settle(position, piece_stop)
+                position = piece_stop
                 continue
             while position < data_stop:
-                await self._room()
                 piece_stop = min(position + CHUNK_BYTES, data_stop)
+                await self._room(piece_stop - position)
                 await self._send_data(position, piece_stop)
+                self._settle(position, piece_stop)
                 position = piece_stop
+
+    async def _next_data(self, position: int, stop: int) -> tuple[int, int]:
+        """The store's next data, widened to whole blocks: a bit must not be cleared for half a block."""
+        start, data_stop = await self._store.next_data(position, stop)
+        if start >= stop:
+            return stop, stop
+        start = max(position, start >> BLOCK_SHIFT << BLOCK_SHIFT)
+        return start, min(stop, (data_stop + BLOCK_SIZE - 1) >> BLOCK_SHIFT << BLOCK_SHIFT)
 
     async def _send_hole(self, start: int, stop: int) -> int:
         """Send [start, stop) as a hole; returns how far that is still true once writes are kept back."""
         async with self._locks.hold(start, stop):
-            data_start, _ = await self._store.next_data(start, stop)
+            data_start, _ = await self._next_data(start, stop)
             stop = min(stop, data_start)
             if stop > start:
                 number = self._numbered(0)
@@ -125,8 +136,8 @@ class SyncSource:
         self._in_window += length
         return self._number
 
-    async def _room(self) -> None:
-        """Wait until a chunk may be sent: not paused, window open, rate kept."""
+    async def _room(self, length: int) -> None:
+        """Wait until `length` bytes may be sent: not paused, window open, rate kept."""
         await self._running.wait()
         await self._until(lambda: self._in_window < WINDOW_BYTES)
         if self._rate is not None:
@@ -134,9 +145,17 @@ class SyncSource:
             now = loop.time()
             if self._next_send_s > now:
                 await asyncio.sleep(self._next_send_s - now)
-            self._next_send_s = max(self._next_send_s, now) + CHUNK_BYTES / self._rate
+            self._next_send_s = max(self._next_send_s, now) + length / self._rate
 
     # ── settling ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _settle(self, start: int, stop: int) -> None:
+        """[start, stop) was sent: the next checkpoint, due now or later, is to clear its bits."""
+        if start < stop:
+            first = start >> BLOCK_SHIFT
+            self._sent.append((first, ((stop - 1) >> BLOCK_SHIFT) - first + 1))
+        if self._sent_bytes >= CHECKPOINT_BYTES or asyncio.get_running_loop().time() >= self._checkpoint_due_s:
+            self._checkpoint()
 
     def _checkpoint(self) -> None:
         """Ask the target for a flush; its answer clears the bits of everything sent before."""
@@ -145,6 +164,7 @@ class SyncSource:
         self._number += 1
         self._checkpoints[self._number] = self._sent
         self._sent, self._sent_bytes = [], 0
+        self._checkpoint_due_s = asyncio.get_running_loop().time() + CHECKPOINT_INTERVAL_S
         self._link.send(wire.SYNC_FLUSH, sequence=self._number)
 
     def _on_ack(self, flags: int, sequence: int, offset: int, payload: memoryview) -> None:

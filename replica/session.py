@@ -197,6 +197,9 @@ class Session:
             await resource.disk.metadata.set_all_bits(resource.disk.bitmap)
         else:
             await self._exchange_bitmaps()
+        # What this node got as Secondary may be in its page cache only, and no log of its own covers it. The target will
+        # have it durably when the bits are cleared, so this node must, too (rule "Cover"; found by the simulator).
+        await resource.disk.store.flush()
         if resource.disk.bitmap.count == 0:
             await self._hand_over_in_step()
             return

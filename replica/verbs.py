@@ -196,6 +196,10 @@ class Verbs:
 
     async def invalidate(self) -> None:
         """Declare the local copy bad: it is fetched in full from the peer."""
+        await self._give_up_copy()
+        self._resource.renegotiate(f"{self._node} was told that its copy is bad.")
+
+    async def _give_up_copy(self) -> None:
         async with self._resource.admin:
             state = self._resource.state
             if state.role is Role.PRIMARY:
@@ -208,11 +212,13 @@ class Verbs:
             disk = self._resource.disk
             disk.metadata.superblock.inconsistent = True
             await disk.metadata.set_all_bits(disk.bitmap)
-            self._resource.renegotiate(f"{self._node} was told that its copy is bad.")
+            self._resource.changed()
 
     async def invalidate_remote(self) -> None:
         """Declare the peer's copy bad: it is sent in full from here."""
         await self._ask_peer("invalidate")
+        # By the side that asked: the answer comes over this very link.
+        self._resource.renegotiate(f"{self._node} was told that the copy of {self._peer} is bad.")
 
     async def outdate(self) -> None:
         """Mark the local copy as older than the peer's, so that it is not promoted by mistake."""
@@ -250,7 +256,7 @@ class Verbs:
         operations: dict[str, Callable[[], Awaitable[None]]] = {
             "promote": self._consent_to_promotion,
             "takeover": lambda: self.demote(force=True),
-            "invalidate": self.invalidate,
+            "invalidate": self._give_up_copy,
         }
         if operation not in operations:
             raise Refused(f"{self._node} does not know the request {operation!r}: update the older node.")

@@ -231,6 +231,10 @@ class Volume:
 
     def _finish_alone(self, answer: _Answer) -> None:
         """Answer a batch that the peer does not have, or hold the answer until the superblock says so."""
+        if isinstance(self.store, FailedStore):
+            # Neither copy can be relied on to have it.
+            _answer_failed(answer)
+            return
         if self.alone_recorded:
             done, errors, _ = answer
             done(errors)
@@ -367,7 +371,9 @@ class Volume:
         if by_peer:
             self._unsettled.end_round()
         self.settled_epoch = epoch
-        if not by_peer and self.bitmap.count:
+        if not by_peer:
+            # Even if nothing was written here yet: what is durable now may be lost on the peer, which must not be taken
+            # for an equal copy after this answer (found by the simulator).
             await self.ensure_alone_recorded()
 
     def _count_unflushed(self, length: int) -> None:
@@ -410,6 +416,9 @@ class Volume:
     async def _run_recording(self) -> None:
         failure: OSError | None = None
         try:
+            if isinstance(self.store, FailedStore):
+                # This copy is no longer one to go on with, so the peer must not be put on record as the worse one.
+                raise OSError(errno.EIO, "the disk has failed and is no longer used")
             await self._record_alone()
             self.alone_recorded = True
         except OSError as error:
@@ -420,8 +429,16 @@ class Volume:
         finally:
             self._recording = None
             held, self._held = self._held, []
-            for done, errors, count in held:
-                done(errors if failure is None else dict.fromkeys(range(count), errno.EIO))
+            for answer in held:
+                if failure is not None or isinstance(self.store, FailedStore):
+                    _answer_failed(answer)
+                else:
+                    answer[0](answer[1])
+
+
+def _answer_failed(answer: _Answer) -> None:
+    done, _, count = answer
+    done(dict.fromkeys(range(count), errno.EIO))
 
 
 def _ignore(flags: int, sequence: int, offset: int, payload: memoryview) -> None:

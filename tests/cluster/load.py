@@ -310,4 +310,3 @@ class Load(threading.Thread):
             self._handles[index] = self._connect()
         with self._moved:
             self._moved.notify_all()
-

@@ -143,14 +143,24 @@ def test_demote_spares_clients_unless_forced(libnbd: Any, pair: Cluster) -> None
 
 def test_a_client_of_the_secondary_is_told_where_the_primary_is(libnbd: Any, pair: Cluster) -> None:
     pair.node2.wait_for(lambda status: status["peer"]["role"] == "Primary")
-    with pytest.raises(libnbd.Error) as caught:
-        open_nbd(pair.node2)
-    assert "node1 (127.0.0.1" in str(caught.value)
-    assert "is Primary" in str(caught.value)
+    said = server_message(libnbd, pair.node2)
+    assert "node1 (127.0.0.1" in said
+    assert "is Primary" in said
     pair.node1.ctl("demote")
     pair.node2.wait_for(lambda status: status["peer"]["role"] == "Secondary")
-    with pytest.raises(libnbd.Error, match="replicactl promote"):
-        open_nbd(pair.node2)
+    assert "replicactl promote" in server_message(libnbd, pair.node2)
+
+
+def server_message(libnbd: Any, node: Node) -> str:
+    """What the server says when it refuses to open its export (libnbd shows that in its debug output only)."""
+    lines: list[str] = []
+    handle = libnbd.NBD()
+    handle.set_debug(True)
+    handle.set_debug_callback(lambda context, message: lines.append(message) or 0)
+    handle.set_export_name(node.cluster.resource)
+    with pytest.raises(libnbd.Error):
+        handle.connect_unix(str(node.nbd_path))
+    return [line for line in lines if "server error message" in line][-1]
 
 
 def test_clients_of_both_names_get_the_volume(libnbd: Any, pair: Cluster) -> None:

@@ -1,4 +1,4 @@
-"""What a node refuses to start with, and what two nodes refuse to do with each other. One sentence each, nothing touched."""
+"""What a node refuses to start with, and what two nodes refuse to do with each other; nothing is touched."""
 
 import fcntl
 import hashlib

@@ -1,0 +1,81 @@
+"""The documents against the code: what can be compared is compared."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from replica import config, wire
+from replica.cli import VERBS
+from replica.states import tables_as_markdown
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+DOCUMENTS = sorted([*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"])
+
+
+def test_states_are_those_of_the_program() -> None:
+    _, marker, generated = (DOCS / "states.md").read_text().partition("do not edit below -->\n\n")
+    assert marker
+    assert generated == tables_as_markdown(), "run python -m replica.states and put its output below the marker"
+
+
+def _configuration_rows() -> dict[str, str]:
+    section = (DOCS / "configuration.md").read_text().partition("## `[resource.NAME]`")[2].partition("\n## ")[0]
+    return dict(re.findall(r"^\| `([a-z-]+)` \| ([^|]+?) \|", section, re.MULTILINE))
+
+
+def test_configuration_names_every_key_of_a_resource() -> None:
+    assert _configuration_rows().keys() == config._RESOURCE_KEYS.keys()
+
+
+@pytest.mark.parametrize("key", config._RESOURCE_KEYS)
+def test_configuration_has_the_default_of(key: str) -> None:
+    setting, text = config._RESOURCE_KEYS[key], _configuration_rows()[key]
+    if setting.default is config._REQUIRED:
+        assert text == "required"
+    elif setting.default is None:
+        assert text == "unlimited"
+    else:
+        assert setting.parse(tomllib.loads(f"value = {text.strip('`')}")["value"]) == setting.default
+
+
+def test_operations_has_every_command() -> None:
+    text = (DOCS / "operations.md").read_text()
+    assert [verb for verb in VERBS if not re.search(rf"^\| (`[^|]*, )?`{verb}[ `]", text, re.MULTILINE)] == []
+
+
+def test_wire_has_every_kind_of_frame_with_its_number() -> None:
+    rows = re.findall(r"^\| (0x\w\w(?:, 0x\w\w)*) \| ([A-Z_, ]+) \|", (DOCS / "wire.md").read_text(), re.MULTILINE)
+    documented: dict[int, str] = {}
+    for numbers, names in rows:
+        pairs = zip(numbers.split(", "), names.split(", "), strict=True)
+        documented |= {int(number, 16): name for number, name in pairs}
+    assert documented == wire.KIND_NAMES
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", document.read_text()):
+        if target.startswith("http"):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (document.parent / name) if name else document
+        assert file.exists(), f"{document.name} links to {target}"
+        if anchor:
+            heads = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+            assert anchor in anchors, f"{document.name} links to {target}"
+
+
+def test_promises_name_tests_that_exist() -> None:
+    for name in re.findall(r"`((?:tests|replica)/[\w/]+(?:\.py|/))`", (DOCS / "promises.md").read_text()):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("package", ["replica", "nbdserver"])
+def test_architecture_names_every_module(package: str) -> None:
+    text = (DOCS / "architecture.md").read_text()
+    modules = [path.stem for path in (ROOT / package).glob("*.py") if path.stem != "__init__"]
+    assert [module for module in modules if f"`{module}`" not in text] == []
