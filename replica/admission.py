@@ -203,7 +203,7 @@ class Admission:
                 if starved:
                     self.close_gate("activity log")
                 starved = True
-                await volume.flush()
+                await volume.settle()
                 continue
             try:
                 # An extent may leave only when its dirty bits are durable. (Nothing is written when all are.)

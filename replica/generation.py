@@ -38,6 +38,8 @@ class Side:
     """What one node says about its copy at the handshake.
 
     ahead       crashed as Primary, or may for another reason hold writes that the peer lost
+    promoted_alone  was promoted without the peer in this generation, after a flush: durably complete, and what its
+                clients have read since must not be undone by a copy that may have lost some of it
     is_primary  Primary now
     attaching  its disk is just being attached while the node, as Primary, serves through the peer: this disk
     may
@@ -53,6 +55,7 @@ class Side:
     just_created: bool = False
     inconsistent: bool = False
     ahead: bool = False
+    promoted_alone: bool = False
     is_primary: bool = False
     attaching: bool = False
     dirty: int = 0
@@ -178,8 +181,12 @@ def _same_current_inconsistent(one: Side, other: Side) -> _Finding | None:
 def _same_current(one: Side, other: Side) -> _Finding | None:
     """Same current: the first of these that holds for one side only makes it source, by AL ∪ bitmap.
 
-    Not being attached, Primary now, crashed as Primary, having a base, having dirty blocks; when something
-    holds for both, the lower node name.  None of it: in sync.  Two current Primaries are a split brain.
+    Not being attached, Primary now, promoted without the peer (not crashed since, or even so), crashed as Primary,
+    having a base, having dirty blocks; when something holds for both, the lower node name.  None of it: in sync.
+    Two current Primaries are a split brain.
+
+    Promoted without the peer comes before crashed: that copy was flushed before it served, so it has durably all that
+    was ever acknowledged in this generation, while the crash may have cost the other one what it had not flushed.
 
     Primary and crashed Primary come before the base (in DRBD: after): with equal generations a base is only
     left over from a resync that the other side had already finished, so the other side's data are complete,
@@ -195,6 +202,12 @@ def _same_current(one: Side, other: Side) -> _Finding | None:
         return _sync("same-current-attaching", source, disk, f"{disk.node} attaches its disk")
     tests: tuple[tuple[str, str, Callable[[Side], bool]], ...] = (
         ("same-current-primary", "is Primary", lambda side: side.serving),
+        (
+            "same-current-promoted-alone",
+            "was promoted without its peer",
+            lambda side: side.promoted_alone and not side.ahead,
+        ),
+        ("same-current-promoted-crashed", "was promoted without its peer", lambda side: side.promoted_alone),
         ("same-current-crashed-primary", "may hold writes the peer lost", lambda side: side.ahead),
         ("same-current-base", "has not closed its last resync", lambda side: side.generations.base != 0),
         ("same-current-dirty", "has dirty blocks", lambda side: side.dirty > 0),

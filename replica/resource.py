@@ -188,6 +188,7 @@ class Resource:
             just_created=superblock.just_created,
             inconsistent=superblock.inconsistent,
             ahead=superblock.ahead,
+            promoted_alone=superblock.promoted_alone,
             is_primary=self.state.role is Role.PRIMARY,
             dirty=self.disk.bitmap.count,
             discard=self.discard_my_data,
@@ -253,6 +254,7 @@ class Resource:
         superblock = self.superblock
         superblock.generations = started_alone(superblock.generations, self.new_generation())
         superblock.peers[0].outdated = True
+        superblock.promoted_alone = False
         await self.save()
         log.info(
             "%s: goes on without %s as generation %016x",
@@ -277,8 +279,10 @@ class Resource:
         superblock = disk.metadata.superblock
         superblock.inconsistent = True
         self._background(self._record_failure(disk))
-        # As source of a resync, too: what the disk still gives must not be taken for a good copy.
-        if self.link is not None and (self.state.role is Role.SECONDARY or self.syncing):
+        # A Primary that is about to be, or is, source of a resync as well: what its disk still gives must not be taken
+        # for a good copy (found by the simulator).
+        in_step = self.state.replication is Replication.ESTABLISHED
+        if self.link is not None and (self.state.role is Role.SECONDARY or not in_step):
             self.link.refuse(f"the disk of {self.node_name} failed ({error.strerror or error}).")
         self.changed()
 

@@ -57,6 +57,7 @@ class Session:
         self._source: SyncSource | None = None
         self._target: SyncTarget | None = None
         self._peer_paused = False
+        self._updated = False
         self._parting = ""
         link.expect(wire.STATE, wire.BITMAP, wire.SYNC_START, wire.SYNC_READY, wire.SYNC_FINISH, wire.SYNC_DONE)
         link.handlers[wire.UPDATE] = self._on_update
@@ -125,7 +126,9 @@ class Session:
         link.send_map(wire.STATE, {**resource.facts(), "side": _side_as_map(mine)})
         _, _, _, payload = await link.receive(wire.STATE)
         message = wire.unpack_map(payload)
-        self._take_facts(message)
+        if not self._updated:
+            # An UPDATE is taken when it arrives, so it can be seen before the older STATE that waited for us.
+            self._take_facts(message)
         peer = _side_from_map(resource.peer_name, message.get("side"))
         if mine is None or peer is None:
             resource.state.change(replication=Replication.OFF)
@@ -197,8 +200,8 @@ class Session:
             await resource.disk.metadata.set_all_bits(resource.disk.bitmap)
         else:
             await self._exchange_bitmaps()
-        # What this node got as Secondary may be in its page cache only, and no log of its own covers it. The target will
-        # have it durably when the bits are cleared, so this node must, too (rule "Cover"; found by the simulator).
+        # What this node got as Secondary may be in its page cache only, and no log of its own covers it. The target
+        # will have it durably when the bits are cleared, so this node must, too (rule "Cover"; found by the simulator).
         await resource.disk.store.flush()
         if resource.disk.bitmap.count == 0:
             await self._hand_over_in_step()
@@ -235,10 +238,11 @@ class Session:
         resource = self._resource
         resource.volume.admission.close_gate("handshake")
         try:
-            await self._count_peer_in()
-            self._send_start()
-            await self._link.receive(wire.SYNC_READY)
-            self._establish()
+            async with resource.volume.membership:
+                await self._count_peer_in()
+                self._send_start()
+                await self._link.receive(wire.SYNC_READY)
+                self._establish()
         finally:
             resource.volume.admission.open_gate("handshake")
         await self._close_generation()
@@ -267,7 +271,7 @@ class Session:
         resource = self._resource
         superblock = resource.superblock
         superblock.generations = sync_finished_source(superblock.generations)
-        superblock.ahead = False
+        superblock.ahead = superblock.promoted_alone = False
         await resource.save()
 
     async def _run_source(self, source: SyncSource) -> None:
@@ -312,7 +316,7 @@ class Session:
         superblock = resource.superblock
         superblock.generations = sync_started_target(superblock.generations, offered.base)
         superblock.inconsistent = True
-        superblock.just_created = superblock.outdated = superblock.ahead = False
+        superblock.just_created = superblock.outdated = superblock.ahead = superblock.promoted_alone = False
         # Durable before the first block changes: a half-copied disk is marked.
         if verdict.full:
             await resource.disk.metadata.set_all_bits(resource.disk.bitmap)
@@ -340,7 +344,8 @@ class Session:
         """Record that this copy is a full copy of the source's generation."""
         superblock = self._resource.superblock
         superblock.generations = sync_finished_target(superblock.generations, offered.current, offered.history)
-        superblock.inconsistent = superblock.outdated = superblock.ahead = superblock.just_created = False
+        superblock.inconsistent = superblock.outdated = superblock.just_created = False
+        superblock.ahead = superblock.promoted_alone = False
         superblock.peers[0].outdated = False
         await self._resource.save()
 
@@ -360,6 +365,7 @@ class Session:
                 state.change(replication=pausing if paused else running)
 
     def _on_update(self, flags: int, sequence: int, offset: int, payload: memoryview) -> None:
+        self._updated = True
         self._take_facts(wire.unpack_map(payload))
         self.apply_pause()
 
@@ -397,6 +403,7 @@ def _side_as_map(side: Side | None) -> dict[str, Any] | None:
         "just_created": side.just_created,
         "inconsistent": side.inconsistent,
         "ahead": side.ahead,
+        "promoted_alone": side.promoted_alone,
         "is_primary": side.is_primary,
         "dirty": side.dirty,
         "discard": side.discard,
@@ -412,7 +419,7 @@ def _side_from_map(node: str, message: Any) -> Side | None:
         raise wire.ProtocolError("the peer's bitmap has another block size: update the older node.")
     flags = {
         name: wire.field(message, name, bool)
-        for name in ("just_created", "inconsistent", "ahead", "is_primary", "discard")
+        for name in ("just_created", "inconsistent", "ahead", "promoted_alone", "is_primary", "discard")
     }
     return Side(
         node=node,

@@ -60,6 +60,8 @@ class Superblock:
     outdated             complete, but the peer has newer data
     primary              Primary, or was and has not been stopped cleanly
     ahead                may hold writes that the peer lost (source among equals)
+    promoted_alone       was promoted without its peer in this generation, and flushed then: holds, durably, everything
+                         that was ever acknowledged in it (source among equals, before `ahead`)
     bitmap_epoch         part of every bitmap sector's checksum: a new epoch makes all stored sectors "all dirty"
     bitmap_default_ones  what a bitmap sector of zeroes means: all dirty, or all clean
     """
@@ -80,6 +82,7 @@ class Superblock:
     outdated: bool = False
     primary: bool = False
     ahead: bool = False
+    promoted_alone: bool = False
     bitmap_epoch: int = 1
     bitmap_default_ones: bool = False
     al_offset: int = AL_OFFSET
@@ -201,6 +204,7 @@ def _from_body(body: Any) -> Superblock:
         outdated=_flag(body, "outdated"),
         primary=_flag(body, "primary"),
         ahead=_flag(body, "ahead"),
+        promoted_alone=_flag(body, "promoted_alone"),
         bitmap_epoch=_number(body, "bitmap_epoch", 0, MAX_ID),
         bitmap_default_ones=_flag(body, "bitmap_default_ones"),
         al_offset=_number(body, "al_offset", AL_OFFSET, MAX_ID),

@@ -56,6 +56,8 @@ class Verbs:
             superblock.peers[0].outdated = True
         superblock.outdated = False
         superblock.primary = True
+        # The peer may come back having lost what is durable here by now, and must not win by its crash.
+        superblock.promoted_alone = not volume.mirroring
         await resource.save()
         # While every write is mirrored, `alone_recorded` is what the session made it.
         if not volume.mirroring:

@@ -77,6 +77,9 @@ class Volume:
         self.activity_log = activity_log
         #: Superblock says that the peer lacks writes: alone, writes may be answered (safety rule "Ack").
         self.alone_recorded = False
+        #: Held while the record of who is in sync changes: counting the peer in and going on without it must not
+        #: interleave, or `alone_recorded` and the superblock end up telling different stories (found by the simulator).
+        self.membership = asyncio.Lock()
         self.admission = Admission(self)
         self._record_alone = record_alone
         self._disk_failed = disk_failed
@@ -352,6 +355,13 @@ class Volume:
     async def flush(self) -> None:
         """Return when every write answered before this call is durable on every in-sync node."""
         await self._rounds.flush()
+        if self._link is None and self.bitmap.count:
+            # Durable here, but the peer may lack some of it: from this answer on it must not pass for an equal copy.
+            await self.ensure_alone_recorded()
+
+    async def settle(self) -> None:
+        """Flush this disk, and the peer's if there is one; promises nothing to a client."""
+        await self._rounds.flush()
 
     async def _run_round(self) -> None:
         epoch = self.epoch
@@ -368,13 +378,12 @@ class Volume:
             self._disk_failed(error)
             raise
         by_peer = await asked if asked is not None else False
+        while not by_peer and self._link is not None:
+            # The peer came (back) meanwhile: it is to be flushed as well.
+            by_peer = await self._ask(wire.FLUSH)
         if by_peer:
             self._unsettled.end_round()
         self.settled_epoch = epoch
-        if not by_peer:
-            # Even if nothing was written here yet: what is durable now may be lost on the peer, which must not be taken
-            # for an equal copy after this answer (found by the simulator).
-            await self.ensure_alone_recorded()
 
     def _count_unflushed(self, length: int) -> None:
         self._unflushed_bytes += length
@@ -389,14 +398,14 @@ class Volume:
         self.start_timer()
 
     def _settle_in_background(self) -> None:
-        spawn(self._rounds.flush(), "background flush of both copies")
+        spawn(self.settle(), "background flush of both copies")
 
     # ── the activity log ─────────────────────────────────────────────────────────────────────────────────────
 
     async def empty_activity_log(self) -> None:
         """On demotion: everything is flushed, bits that are left are made durable, and no extent stays hot."""
         await self.admission.idle()
-        await self.flush()
+        await self.settle()
         await self.metadata.save_bitmap(self.bitmap)
         await self.metadata.save_activity_log(())
         self.activity_log.hot.clear()
@@ -419,8 +428,10 @@ class Volume:
             if isinstance(self.store, FailedStore):
                 # This copy is no longer one to go on with, so the peer must not be put on record as the worse one.
                 raise OSError(errno.EIO, "the disk has failed and is no longer used")
-            await self._record_alone()
-            self.alone_recorded = True
+            async with self.membership:
+                if self._link is None and not self.alone_recorded:
+                    await self._record_alone()
+                    self.alone_recorded = True
         except OSError as error:
             # Without the record these writes may not be acknowledged, and there is no second try at a failed flush.
             failure = error

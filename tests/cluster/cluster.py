@@ -21,7 +21,7 @@ from replica import control
 from replica.cli import main as replicactl
 
 #: Longer than anything takes; only a test that has failed waits for so long.
-PATIENCE_S = float(os.environ.get("REPLICA_TEST_PATIENCE", "60"))
+PATIENCE_S = float(os.environ.get("REPLICA_TEST_PATIENCE", "30"))
 MIB = 1 << 20
 _ROOT = Path(__file__).resolve().parents[2]
 _CHUNK_BYTES = 4 * MIB

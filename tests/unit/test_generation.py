@@ -51,6 +51,7 @@ BAD: dict[str, Any] = {"inconsistent": True}
 PRI: dict[str, Any] = {"is_primary": True}
 ATTACH: dict[str, Any] = {"is_primary": True, "attaching": True}
 AHEAD: dict[str, Any] = {"ahead": True}
+ALONE: dict[str, Any] = {"promoted_alone": True}
 DISCARD: dict[str, Any] = {"discard": True}
 
 TABLE: dict[str, tuple[Side, Side, Kind, bool, str]] = {
@@ -63,6 +64,23 @@ TABLE: dict[str, tuple[Side, Side, Kind, bool, str]] = {
     "base": (a(5, 3), b(5), Kind.SOURCE, False, "same-current-base"),
     "base on both": (a(5, 3), b(5, 4), Kind.SOURCE, False, "same-current-base"),
     "crashed Primary": (a(5), b(5, **AHEAD), Kind.TARGET, False, "same-current-crashed-primary"),
+    "promoted alone": (a(5), b(5, **ALONE), Kind.TARGET, False, "same-current-promoted-alone"),
+    "promoted alone before crashed": (a(5, **AHEAD), b(5, **ALONE), Kind.TARGET, False, "same-current-promoted-alone"),
+    "promoted alone, both, one of them after a crash": (
+        a(5, **AHEAD, **ALONE),
+        b(5, **ALONE),
+        Kind.TARGET,
+        False,
+        "same-current-promoted-alone",
+    ),
+    "promoted alone and crashed before crashed": (
+        a(5, **AHEAD),
+        b(5, **AHEAD, **ALONE),
+        Kind.TARGET,
+        False,
+        "same-current-promoted-crashed",
+    ),
+    "Primary before promoted alone": (a(5, **PRI), b(5, **ALONE), Kind.SOURCE, False, "same-current-primary"),
     "both crashed": (a(5, **AHEAD), b(5, **AHEAD), Kind.SOURCE, False, "same-current-crashed-primary"),
     "Primary": (a(5), b(5, **PRI), Kind.TARGET, False, "same-current-primary"),
     "Primary before crashed": (a(5, **AHEAD), b(5, **PRI), Kind.TARGET, False, "same-current-primary"),
@@ -333,7 +351,10 @@ def test_a_crashed_primary_against_a_successor_that_has_not_written() -> None:
     one.flags["ahead"] = True
     other.flags["is_primary"] = True  # reads were served from it: what it shows must stay
     assert direction(one, other) == (Kind.TARGET, False)
-    other.flags = {}  # promoted and demoted while apart, nothing written
+    # Promoted and demoted while apart, nothing written: it was flushed first, the crash may have cost `one` some writes.
+    other.flags = {"promoted_alone": True}
+    assert direction(one, other) == (Kind.TARGET, False)
+    other.flags = {}  # never promoted
     assert direction(one, other) == (Kind.SOURCE, False)
 
 
@@ -434,6 +455,7 @@ def sides(draw: st.DrawFn, node: str) -> Side:
         just_created=draw(st.sampled_from([False, False, True])),
         inconsistent=draw(flag),
         ahead=draw(flag),
+        promoted_alone=draw(flag),
         is_primary=primary,
         attaching=primary and draw(flag),
         dirty=draw(st.sampled_from([0, 0, 7])),
