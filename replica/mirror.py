@@ -65,7 +65,7 @@ class Mirror:
         self._start(sequence, self._store.flush())
 
     def _check(self, offset: int, length: int) -> None:
-        if offset + length > self._store.size_bytes:
+        if not length or offset + length > self._store.size_bytes:
             raise wire.ProtocolError(f"a change of {length} bytes at {offset} is beyond the volume's end.")
 
     def _start(self, sequence: int, work: Coroutine[Any, Any, None]) -> None:

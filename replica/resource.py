@@ -50,6 +50,7 @@ class Resource:
         self.failed = False
         self.demoting = False
         self.link: PeerLink | None = None
+        self._complaint = ""
         self.session: Session | None = None
         self._past_sessions: set[asyncio.Task[None]] = set()
         self._told: dict[str, Any] = {}
@@ -296,6 +297,7 @@ class Resource:
         self.link = link
         self._told = self.facts()
         self.state.change(connection=Connection.CONNECTED, replication=Replication.NEGOTIATING, last_error="")
+        self._complaint = ""
         log.info("%s: connected to %s, session %016x", self.name, self.peer_name, link.session)
         self.session = Session(self, link)
 
@@ -321,9 +323,11 @@ class Resource:
         self.state.change(**changes)
 
     def _link_failed(self, reason: str) -> None:
-        if self.state.last_error != reason:
+        if self._complaint != reason:  # the same again and again is one line in the log
+            self._complaint = reason
             log.warning("%s: %s", self.name, reason)
-            self.state.change(last_error=reason)
+            if self.state.connection is not Connection.CONNECTED:  # else it was a stranger, and the peer is well
+                self.state.change(last_error=reason)
 
     def stand_alone(self, reason: str) -> None:
         """Leave the peer until an operator says `connect`."""

@@ -290,7 +290,7 @@ class Session:
     async def _clear_bitmap(self) -> None:
         """Both copies are equal and flushed. Writes since then are in the activity log, not in the bitmap."""
         disk = self._resource.disk
-        if disk.bitmap.default_ones:
+        if disk.bitmap.default_ones and not disk.bitmap.count:
             await disk.metadata.clear_all_bits(disk.bitmap)
         else:
             await disk.metadata.save_bitmap(disk.bitmap)

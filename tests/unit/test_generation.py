@@ -351,7 +351,7 @@ def test_a_crashed_primary_against_a_successor_that_has_not_written() -> None:
     one.flags["ahead"] = True
     other.flags["is_primary"] = True  # reads were served from it: what it shows must stay
     assert direction(one, other) == (Kind.TARGET, False)
-    # Promoted and demoted while apart, nothing written: it was flushed first, the crash may have cost `one` some writes.
+    # Promoted and demoted while apart, nothing written: it was flushed first, `one` may have lost writes by its crash.
     other.flags = {"promoted_alone": True}
     assert direction(one, other) == (Kind.TARGET, False)
     other.flags = {}  # never promoted
