@@ -17,11 +17,15 @@ DEBIAN_PACKAGES := qemu-utils qemu-system-common nbdkit nbd-client nbd-server li
 TEST_DIRS := $(wildcard tests/unit tests/interop tests/cluster tests/fuzz)
 BENCH_COLUMNS := min,median,mean,stddev,ops,rounds,iterations
 
-.PHONY: help venv setup demo test lint format bench clean
+SEEDS ?= 1000
+START ?= 1
+ROUNDS ?= 60
+
+.PHONY: help venv setup demo test lint format bench soak sim sim-canaries clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
-	  printf '  %-8s %s\n' "$$name" "$$text"; done
+	  printf '  %-12s %s\n' "$$name" "$$text"; done
 
 venv: $(VENV_STAMP) ## make .venv with the project and its tools (pip only)
 
@@ -71,6 +75,15 @@ format: venv ## let ruff mend format and simple findings
 bench: setup ## write latency and throughput (pytest-benchmark)
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-sort=name --benchmark-columns=$(BENCH_COLUMNS) \
 	  --timeout=0 $(PYTEST_ARGS)
+
+soak: setup ## the kill loop alone, ROUNDS=60 rounds (REPLICA_SEED= replays)
+	REPLICA_KILL_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest tests/cluster/test_kill_loop.py --timeout=0 $(PYTEST_ARGS)
+
+sim: venv ## the deterministic simulator: SEEDS=1000 runs from START=1
+	$(BIN)/python -m tests.sim --seeds $(SEEDS) --start $(START)
+
+sim-canaries: venv ## how many seeds the simulator takes to find each planted bug
+	$(BIN)/python -m tests.sim.canaries
 
 clean: ## remove everything that was made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
