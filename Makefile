@@ -14,7 +14,7 @@ PYTEST_ARGS ?=
 DEBIAN_PACKAGES := qemu-utils qemu-system-common nbdkit nbd-client nbd-server libnbd-bin python3-libnbd \
                    fio iproute2 nftables
 
-TEST_DIRS := $(wildcard tests/unit tests/interop tests/cluster tests/fuzz)
+TEST_DIRS := $(wildcard tests/unit tests/interop tests/cluster tests/fuzz tests/sim)
 BENCH_COLUMNS := min,median,mean,stddev,ops,rounds,iterations
 
 SEEDS ?= 1000

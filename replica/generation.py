@@ -44,6 +44,8 @@ class Side:
     attaching  its disk is just being attached while the node, as Primary, serves through the peer: this disk
     may
                 become target, and must never become source
+    unbroken    has run without a break since both copies were last in sync (protocol C): holds, in its page cache or
+                better, everything that was acknowledged in this generation
     dirty       dirty blocks in its bitmap (AL included)
     discard     the operator allowed to discard this copy's own changes (`connect --discard-my-data`)
     size_bytes  size of the volume as its metadata has it
@@ -56,6 +58,7 @@ class Side:
     inconsistent: bool = False
     ahead: bool = False
     promoted_alone: bool = False
+    unbroken: bool = False
     is_primary: bool = False
     attaching: bool = False
     dirty: int = 0
@@ -185,6 +188,9 @@ def _same_current(one: Side, other: Side) -> _Finding | None:
     having a base, having dirty blocks; when something holds for both, the lower node name.  None of it: in sync.
     Two current Primaries are a split brain.
 
+    A copy that ran on unbroken since both were in sync comes before a crashed Primary's (DRBD: after): the crash may
+    have been a power cut and have cost what was acknowledged and not flushed, and the survivor has all of it.
+
     Promoted without the peer comes before crashed: that copy was flushed before it served, so it has durably all that
     was ever acknowledged in this generation, while the crash may have cost the other one what it had not flushed.
 
@@ -200,6 +206,11 @@ def _same_current(one: Side, other: Side) -> _Finding | None:
     if one.attaching != other.attaching:
         disk, source = (one, other) if one.attaching else (other, one)
         return _sync("same-current-attaching", source, disk, f"{disk.node} attaches its disk")
+    if one.ahead != other.ahead:
+        crashed, survivor = (one, other) if one.ahead else (other, one)
+        if survivor.unbroken and not crashed.serving:
+            why = f"{crashed.node} may have lost in its crash what {survivor.node}, which ran on, still has"
+            return _sync("same-current-unbroken", survivor, crashed, why)
     tests: tuple[tuple[str, str, Callable[[Side], bool]], ...] = (
         ("same-current-primary", "is Primary", lambda side: side.serving),
         (

@@ -51,6 +51,8 @@ class Resource:
         self.demoting = False
         self.link: PeerLink | None = None
         self._complaint = ""
+        #: Both copies were in sync, and this process has applied every write since: it lacks none that was answered.
+        self.unbroken = False
         self.session: Session | None = None
         self._past_sessions: set[asyncio.Task[None]] = set()
         self._told: dict[str, Any] = {}
@@ -108,6 +110,7 @@ class Resource:
         self.release_disk()
 
     async def attach_disk(self) -> None:
+        self.unbroken = False
         disk = await open_disk(self.config, self._cfg, self._runtime)
         settings = VolumeSettings(self.settings.protocol, self.settings.settle_interval_s, self.settings.settle_bytes)
         volume = Volume(
@@ -190,6 +193,7 @@ class Resource:
             inconsistent=superblock.inconsistent,
             ahead=superblock.ahead,
             promoted_alone=superblock.promoted_alone,
+            unbroken=self.unbroken and self.settings.protocol == "C",
             is_primary=self.state.role is Role.PRIMARY,
             dirty=self.disk.bitmap.count,
             discard=self.discard_my_data,

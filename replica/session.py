@@ -162,6 +162,7 @@ class Session:
     def _establish(self) -> None:
         """Both copies are the same from here on; each node gets the other's writes."""
         self._start_mirror()
+        self._resource.unbroken = True
         self._resource.volume.alone_recorded = False
         self._resource.volume.start_mirroring(self._link)
         self._resource.state.change(replication=Replication.ESTABLISHED, peer_disk=Disk.UP_TO_DATE)
@@ -285,6 +286,7 @@ class Session:
         await self._clear_bitmap()
         await self._close_generation()
         resource.end_sync()
+        resource.unbroken = True
         resource.state.change(replication=Replication.ESTABLISHED, peer_disk=Disk.UP_TO_DATE)
 
     async def _clear_bitmap(self) -> None:
@@ -315,6 +317,7 @@ class Session:
             return
         superblock = resource.superblock
         superblock.generations = sync_started_target(superblock.generations, offered.base)
+        resource.unbroken = False
         superblock.inconsistent = True
         superblock.just_created = superblock.outdated = superblock.ahead = superblock.promoted_alone = False
         # Durable before the first block changes: a half-copied disk is marked.
@@ -404,6 +407,7 @@ def _side_as_map(side: Side | None) -> dict[str, Any] | None:
         "inconsistent": side.inconsistent,
         "ahead": side.ahead,
         "promoted_alone": side.promoted_alone,
+        "unbroken": side.unbroken,
         "is_primary": side.is_primary,
         "dirty": side.dirty,
         "discard": side.discard,
@@ -419,7 +423,7 @@ def _side_from_map(node: str, message: Any) -> Side | None:
         raise wire.ProtocolError("the peer's bitmap has another block size: update the older node.")
     flags = {
         name: wire.field(message, name, bool)
-        for name in ("just_created", "inconsistent", "ahead", "promoted_alone", "is_primary", "discard")
+        for name in ("just_created", "inconsistent", "ahead", "promoted_alone", "unbroken", "is_primary", "discard")
     }
     return Side(
         node=node,

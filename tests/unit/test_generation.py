@@ -51,6 +51,7 @@ BAD: dict[str, Any] = {"inconsistent": True}
 PRI: dict[str, Any] = {"is_primary": True}
 ATTACH: dict[str, Any] = {"is_primary": True, "attaching": True}
 AHEAD: dict[str, Any] = {"ahead": True}
+RAN_ON: dict[str, Any] = {"unbroken": True}
 ALONE: dict[str, Any] = {"promoted_alone": True}
 DISCARD: dict[str, Any] = {"discard": True}
 
@@ -64,6 +65,16 @@ TABLE: dict[str, tuple[Side, Side, Kind, bool, str]] = {
     "base": (a(5, 3), b(5), Kind.SOURCE, False, "same-current-base"),
     "base on both": (a(5, 3), b(5, 4), Kind.SOURCE, False, "same-current-base"),
     "crashed Primary": (a(5), b(5, **AHEAD), Kind.TARGET, False, "same-current-crashed-primary"),
+    "ran on, and the Primary crashed": (a(5, **AHEAD), b(5, **RAN_ON), Kind.TARGET, False, "same-current-unbroken"),
+    "ran on, both": (a(5, **RAN_ON), b(5, **RAN_ON), Kind.IN_SYNC, False, "same-current"),
+    "ran on, but the crashed one is Primary again": (
+        a(5, **AHEAD, **PRI),
+        b(5, **RAN_ON),
+        Kind.SOURCE,
+        False,
+        "same-current-primary",
+    ),
+    "ran on, the link was cut": (a(5, **AHEAD, **RAN_ON), b(5, **RAN_ON), Kind.TARGET, False, "same-current-unbroken"),
     "promoted alone": (a(5), b(5, **ALONE), Kind.TARGET, False, "same-current-promoted-alone"),
     "promoted alone before crashed": (a(5, **AHEAD), b(5, **ALONE), Kind.TARGET, False, "same-current-promoted-alone"),
     "promoted alone, both, one of them after a crash": (
@@ -456,6 +467,7 @@ def sides(draw: st.DrawFn, node: str) -> Side:
         inconsistent=draw(flag),
         ahead=draw(flag),
         promoted_alone=draw(flag),
+        unbroken=draw(flag),
         is_primary=primary,
         attaching=primary and draw(flag),
         dirty=draw(st.sampled_from([0, 0, 7])),

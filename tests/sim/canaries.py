@@ -1,0 +1,393 @@
+"""Planted bugs. A simulator is believed only as far as it finds these.
+
+Each is a change of one line (or a few that belong together) in the source of one function of the node, made in memory.
+When the node's source has changed so that the old text is not there exactly once, planting it fails loudly: write the
+canary anew. `bias` makes the conditions that a bug needs likelier than in an ordinary draw.
+"""
+
+import contextlib
+import importlib
+import inspect
+import random
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tests.sim.run import Outcome, quiet, run_seed
+from tests.sim.scenario import Scenario
+
+#: Each planted bug has to be found within so many seeds.
+MOST_SEEDS = 2000
+
+Bias = Callable[[Scenario, random.Random], None]
+
+
+@dataclass(frozen=True)
+class Canary:
+    """`old` becomes `new` in the source of `function` ("module:Class.method")."""
+
+    name: str
+    what: str
+    function: str
+    old: str
+    new: str
+    bias: Bias | None = None
+
+
+# ── biases ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _crashes(scenario: Scenario, rng: random.Random) -> None:
+    """Protocol C, many kills and power cuts, quick restarts."""
+    _plain(scenario, rng)
+    for name in ("kill", "power", "power_other_soon", "fuse_kill"):
+        scenario.fault_rates[name] = rng.choice((0.3, 0.8))
+    scenario.restart_s = rng.choice((0.02, 0.1, 0.3))
+
+
+def _plain(scenario: Scenario, rng: random.Random) -> None:
+    scenario.protocol = scenario.side["protocol"] = "C"
+    scenario.split_brain = scenario.fresh = False
+    scenario.request_every_s = rng.choice((0.002, 0.005))
+
+
+def _resyncs(scenario: Scenario, rng: random.Random) -> None:
+    """Links that come and go under load, slow resyncs."""
+    _plain(scenario, rng)
+    for name in ("reset", "cut", "half_cut"):
+        scenario.fault_rates[name] = rng.choice((0.5, 1.5))
+    scenario.fault_rates["power"] = rng.choice((0.0, 0.5))
+    scenario.heal_s = 0.1
+    scenario.verb_rates["invalidate"] = rng.choice((0.0, 0.5))
+    for data, _ in scenario.disk.values():
+        data.uncached_read = 0.5
+        data.read_s = 0.005
+
+
+def _failover(scenario: Scenario, rng: random.Random) -> None:
+    """The peer takes over at once, while the old Primary's slow writes are still under way."""
+    _plain(scenario, rng)
+    scenario.size_bytes = 64 << 10
+    scenario.extent_shift, scenario.al_slots = 14, 4
+    scenario.most_extents = scenario.side["al_extents"] = 4
+    scenario.fault_rates = {**dict.fromkeys(scenario.fault_rates, 0.0), "kill": 2.0}
+    scenario.restart_s = 0.5
+    scenario.mix = [("fua", 0.4), ("zero", 0.2), ("write", 0.3), ("read", 0.1)]
+    for data, metadata in scenario.disk.values():
+        data.write_s, data.flush_s, metadata.flush_s, metadata.write_s = 0.2, 0.0005, 0.0005, 0.00005
+
+
+def _late(scenario: Scenario, rng: random.Random) -> None:
+    """Long stalls, then late delivery, with a new connection made before."""
+    _plain(scenario, rng)
+    scenario.fault_rates = {**dict.fromkeys(scenario.fault_rates, 0.0), "kill_cut": 3.0}
+    scenario.heal_s, scenario.restart_s = 0.15, 0.02
+    scenario.side |= {"timeout_s": 1.0, "ping_interval_s": 0.3, "connect_interval_s": 0.05}
+    scenario.network.socket_bytes = 1 << 20
+    scenario.locality, scenario.depth = 0.8, 64
+    scenario.size_bytes = 64 << 10
+
+
+def _bad_disks(scenario: Scenario, rng: random.Random) -> None:
+    _plain(scenario, rng)
+    for data, _ in scenario.disk.values():
+        data.flush_error = 0.03
+
+
+def _rotten(scenario: Scenario, rng: random.Random) -> None:
+    _crashes(scenario, rng)
+    scenario.fault_rates["power_both"] = 1.0
+    scenario.rot = 0.6
+
+
+CANARIES = (
+    Canary(
+        "ack-before-peer",
+        "a write is acknowledged when it was sent, not when the peer has applied it",
+        "replica.volume:Volume._write_mirrored",
+        "            self._in_flight.append((sequence, (done, errors, len(writes))))",
+        "            done(errors)",
+    ),
+    Canary(
+        "fua-before-peer",
+        "FUA is answered without the peer's word",
+        "replica.volume:Volume._change_both",
+        "            by_peer = await asked if asked is not None else False",
+        "            by_peer = asked is not None",
+    ),
+    Canary(
+        "flush-without-peer",
+        "the peer answers FLUSH and flushes nothing",
+        "replica.mirror:Mirror._on_flush",
+        "self._start(sequence, self._store.flush())",
+        "self._link.send(wire.DONE, sequence=sequence)",
+    ),
+    Canary(
+        "failed-flush-answered",
+        "a FLUSH that failed is answered with success",
+        "replica.volume:Volume._run_round",
+        "            self._disk_failed(error)\n            raise",
+        "            pass",
+        _bad_disks,
+    ),
+    Canary(
+        "promotion-unrecorded",
+        "a copy promoted without its peer does not outrank one that crashed in the same generation",
+        "replica.verbs:Verbs._promote",
+        "superblock.promoted_alone = not volume.mirroring",
+        "superblock.promoted_alone = False",
+        _crashes,
+    ),
+    Canary(
+        "survivor-overwritten",
+        "a crashed Primary overwrites the copy of the Secondary that ran on",
+        "replica.session:Session._establish",
+        "self._resource.unbroken = True",
+        "pass",
+        _crashes,
+    ),
+    Canary(
+        "generation-not-bumped",
+        "going on alone makes no new generation",
+        "replica.resource:Resource._record_alone",
+        "superblock.generations = started_alone(superblock.generations, self.new_generation())",
+        "pass",
+        _crashes,
+    ),
+    Canary(
+        "generation-after-ack",
+        "a write without the peer is acknowledged while the record of it is still being made",
+        "replica.volume:Volume._finish_alone",
+        "        self._held.append(answer)",
+        "        answer[0](answer[1])",
+    ),
+    Canary(
+        "unsettled-forgotten",
+        "what the peer may not have durably is not made dirty when the link is lost",
+        "replica.volume:Volume.stop_mirroring",
+        "            self.bitmap.set_range(first, count)",
+        "            pass",
+    ),
+    Canary(
+        "evict-unflushed",
+        "an extent leaves the activity log although its last writes are flushed nowhere",
+        "replica.admission:Admission._activate",
+        "volume.activity_log.plan(wanted, volume.settled_epoch)",
+        "volume.activity_log.plan(wanted, volume.epoch)",
+    ),
+    Canary(
+        "evict-bits-not-durable",
+        "an extent leaves the activity log before its dirty bits are durable",
+        "replica.admission:Admission._activate",
+        "            await volume.metadata.save_bitmap(volume.bitmap)",
+        "            pass",
+    ),
+    Canary(
+        "extent-used-early",
+        "an extent counts as hot before the log that names it is durable",
+        "replica.admission:Admission._activate",
+        "await volume.metadata.save_activity_log(plan.extents)",
+        'spawn(volume.metadata.save_activity_log(plan.extents), "canary")',
+    ),
+    Canary(
+        "demote-without-peer-flush",
+        "the activity log is emptied on demotion after a flush of the local disk only",
+        "replica.volume:Volume.empty_activity_log",
+        "await self.settle()",
+        "await self.store.flush()",
+    ),
+    Canary(
+        "recovery-forgets-log",
+        "after a crash the hot extents do not become dirty",
+        "replica.disk:_recover",
+        "disk.bitmap.set_bytes(start, min(1 << EXTENT_SHIFT, superblock.size_bytes - start))",
+        "pass",
+    ),
+    Canary(
+        "recovery-clears-log-first",
+        "after a crash the log is emptied before its extents' bits are durable",
+        "replica.disk:_recover",
+        "    await disk.metadata.save_bitmap(disk.bitmap)",
+        "    await disk.metadata.save_activity_log(())\n    await disk.metadata.save_bitmap(disk.bitmap)",
+    ),
+    Canary(
+        "bits-cleared-early",
+        "a dirty bit is cleared when the block was sent, before the target's flush",
+        "replica.resync:SyncSource._checkpoint",
+        "        self._checkpoints[self._number] = self._sent",
+        "        self._checkpoints[self._number] = self._sent\n"
+        "        for first, count in self._sent:\n            self._bitmap.clear_range(first, count)",
+    ),
+    Canary(
+        "sync-flush-skipped",
+        "the target answers SYNC_FLUSH without flushing",
+        "replica.resync:SyncTarget._flush",
+        "await self._store.flush()",
+        "pass",
+        _resyncs,
+    ),
+    Canary(
+        "source-not-flushed",
+        "the source does not flush what it had as Secondary",
+        "replica.session:Session._be_source",
+        "await resource.disk.store.flush()",
+        "pass",
+        _bad_disks,
+    ),
+    Canary(
+        "bitmap-not-ored",
+        "the handshake does not take the peer's dirty bits",
+        "replica.session:Session._exchange_bitmaps",
+        "bitmap.merge_packed(payload)",
+        "pass",
+    ),
+    Canary(
+        "inconsistent-not-recorded",
+        "a resync target is not durably Inconsistent before its first block changes",
+        "replica.session:Session._be_target",
+        "superblock.inconsistent = True",
+        "pass",
+    ),
+    Canary(
+        "peer-not-counted-in",
+        "after a resync a Primary that loses the peer again thinks that this is on record",
+        "replica.session:Session._run_source",
+        "await self._count_peer_in()",
+        "pass",
+    ),
+    Canary(
+        "resync-overwrites-write",
+        "a resync block is read while writes to it go on",
+        "replica.resync:SyncSource._send_data",
+        "async with self._locks.hold(start, stop):",
+        "if True:",
+        _resyncs,
+    ),
+    Canary(
+        "dead-session-applied",
+        "frames of a connection are applied after a newer one has taken its place",
+        "replica.connector:Connector.link_opened",
+        '            self._link.close("the peer made a newer connection.")',
+        '            old, self._link = self._link, None\n            self._closed(old, "replaced")',
+        _late,
+    ),
+    Canary(
+        "promote-beside-the-past",
+        "promotion does not wait for what a dead connection has left under way",
+        "replica.verbs:Verbs._promote",
+        "await resource.past_finished()",
+        "pass",
+        _failover,
+    ),
+    Canary(
+        "torn-superblock-accepted",
+        "a superblock copy whose checksum is wrong is used",
+        "replica.superblock:_open_copy",
+        "        return None\n    return version",
+        "        pass\n    return version",
+        _rotten,
+    ),
+    Canary(
+        "superblock-not-flushed",
+        "a superblock counts as saved before it is durable",
+        "replica.metadata:Metadata._write_superblock",
+        "            await self._file.flush()\n",
+        "",
+    ),
+    Canary(
+        "torn-bitmap-trusted",
+        "a bitmap sector whose checksum is wrong counts as clean",
+        "replica.bitmap:Bitmap.load_sector",
+        "        else:\n            bits = full",
+        "        else:\n            bits = 0",
+        _rotten,
+    ),
+)
+
+
+def find(name: str) -> Canary:
+    """The canary of this name; LookupError with the names there are."""
+    for canary in CANARIES:
+        if canary.name == name:
+            return canary
+    raise LookupError(f"there is no canary {name!r}; there are {', '.join(canary.name for canary in CANARIES)}")
+
+
+@contextlib.contextmanager
+def planted(canary: Canary) -> Iterator[None]:
+    """Run with this bug."""
+    module_name, path = canary.function.split(":")
+    owner: Any = importlib.import_module(module_name)
+    *classes, function_name = path.split(".")
+    for name in classes:
+        owner = getattr(owner, name)
+    original = owner.__dict__[function_name]
+    source = textwrap.dedent(inspect.getsource(original))
+    indent = 4 * len(classes)
+    old, new = (_unindent(text, indent) for text in (canary.old, canary.new))
+    if source.count(old) != 1:
+        raise LookupError(f"canary {canary.name}: its old text is {source.count(old)} times in {canary.function}")
+    scope: dict[str, Any] = {}
+    exec(compile(source.replace(old, new), f"<canary {canary.name}>", "exec"), original.__globals__, scope)
+    setattr(owner, function_name, scope[function_name])
+    # Who has imported a plain function by name has the original.
+    others = [] if classes else _importers(function_name, original)
+    for module in others:
+        setattr(module, function_name, scope[function_name])
+    try:
+        yield
+    finally:
+        for place in (owner, *others):
+            setattr(place, function_name, original)
+
+
+def _unindent(text: str, indent: int) -> str:
+    return "\n".join(
+        line.removeprefix(" " * indent) if line.startswith(" " * indent) else line for line in text.split("\n")
+    )
+
+
+def _importers(name: str, original: Any) -> list[Any]:
+    return [
+        module
+        for module_name, module in sorted(sys.modules.items())
+        if module_name.startswith("replica.") and module is not None and vars(module).get(name) is original
+    ]
+
+
+def search(canary: Canary, start: int = 1, seeds: int = MOST_SEEDS) -> tuple[int, Outcome | None]:
+    """(seeds it took, what was found), or (seeds, None). What the same seed finds without the bug does not count."""
+    for count in range(1, seeds + 1):
+        seed = start + count - 1
+        with planted(canary), quiet() as listen:
+            outcome = run_seed(seed, listen, bias=canary.bias)
+        if outcome.violation is not None:
+            with quiet() as listen:
+                control = run_seed(seed, listen, bias=canary.bias)
+            if control.violation is None:
+                return count, outcome
+    return seeds, None
+
+
+def hunt(name: str, start: int, seeds: int) -> int:
+    """The command line: one canary, or 'all'. Prints how many seeds each took."""
+    chosen = CANARIES if name == "all" else (find(name),)
+    missed = 0
+    for canary in chosen:
+        began = time.monotonic()
+        count, outcome = search(canary, start, seeds)
+        spent_s = time.monotonic() - began
+        if outcome is None:
+            missed += 1
+            print(f"{canary.name:28} NOT FOUND in {count} seeds ({spent_s:.1f} s)", flush=True)
+        else:
+            print(f"{canary.name:28} {count:5} seeds {spent_s:6.1f} s  {str(outcome.violation)[:110]}", flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} planted bugs found")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(hunt("all", 1, MOST_SEEDS))

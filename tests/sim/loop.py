@@ -1,0 +1,168 @@
+"""A virtual clock, and event loops that live on it: one for each incarnation of a node."""
+
+import asyncio
+import heapq
+from asyncio.events import _set_running_loop
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+
+class MachineDied(BaseException):
+    """The machine died in the middle of a step; nothing in the node's code catches it for good."""
+
+
+class Handle:
+    """A callback that is due at `when_s`; owner None: the simulator's own."""
+
+    __slots__ = ("args", "callback", "is_cancelled", "owner", "when_s")
+
+    def __init__(self, owner: "NodeLoop | None", when_s: float, callback: Callable[..., Any], args: tuple[Any, ...]):
+        self.owner = owner
+        self.when_s = when_s
+        self.callback = callback
+        self.args = args
+        self.is_cancelled = False
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+        self.callback = _nothing
+        self.args = ()
+
+    def cancelled(self) -> bool:
+        return self.is_cancelled
+
+    def when(self) -> float:
+        return self.when_s
+
+
+def _nothing(*_args: Any) -> None:
+    pass
+
+
+class World:
+    """The clock and the queue of everything that is going to happen."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.steps = 0
+        self.complaints: list[str] = []
+        self._count = 0
+        self._timers: list[tuple[float, int, Handle]] = []
+        self._ready: deque[Handle] = deque()
+        self._current: NodeLoop | None = None
+
+    def soon(self, owner: "NodeLoop | None", callback: Callable[..., Any], args: tuple[Any, ...]) -> Handle:
+        handle = Handle(owner, self.now_s, callback, args)
+        self._ready.append(handle)
+        return handle
+
+    def at(self, when_s: float, callback: Callable[..., Any], *args: Any) -> Handle:
+        """Something that the simulated world does (not a node)."""
+        return self.timer(None, when_s, callback, args)
+
+    def after(self, delay_s: float, callback: Callable[..., Any], *args: Any) -> Handle:
+        return self.timer(None, self.now_s + delay_s, callback, args)
+
+    def timer(
+        self, owner: "NodeLoop | None", when_s: float, callback: Callable[..., Any], args: tuple[Any, ...]
+    ) -> Handle:
+        when_s = max(when_s, self.now_s)
+        handle = Handle(owner, when_s, callback, args)
+        self._count += 1
+        heapq.heappush(self._timers, (when_s, self._count, handle))
+        return handle
+
+    def enter(self, loop: "NodeLoop", callback: Callable[..., Any], *args: Any) -> Any:
+        """Call into a node as its own event loop would."""
+        if loop.dead:
+            return None
+        before, self._current = self._current, loop
+        _set_running_loop(loop)
+        try:
+            return callback(*args)
+        except MachineDied:
+            return None
+        except Exception as error:
+            if not loop.dead:
+                self.complain(loop, error)
+            return None
+        finally:
+            self._current = before
+            _set_running_loop(before)
+
+    def complain(self, loop: "NodeLoop", error: BaseException) -> None:
+        """A callback of the node raised, which a real loop would log and no node may do."""
+        frames = []
+        trace = error.__traceback__
+        while trace is not None:
+            frames.append(f"{trace.tb_frame.f_code.co_name}:{trace.tb_lineno}")
+            trace = trace.tb_next
+        self.complaints.append(f"{loop.name}: {type(error).__name__}: {error} ({' > '.join(frames[-6:])})")
+
+    def run(self, until: Callable[[], bool], limit_s: float) -> bool:
+        """Let things happen until `until()`; False when `limit_s` (virtual) or the last event came first."""
+        ready, timers = self._ready, self._timers
+        while not until():
+            if ready:
+                handle = ready.popleft()
+            elif timers:
+                when_s, _, handle = timers[0]
+                if when_s > limit_s:
+                    self.now_s = limit_s
+                    return until()
+                heapq.heappop(timers)
+                if handle.is_cancelled:
+                    continue
+                self.now_s = when_s
+            else:
+                return until()
+            owner = handle.owner
+            self.steps += 1
+            if owner is None:
+                handle.callback(*handle.args)
+            elif not owner.dead:
+                self.enter(owner, handle.callback, *handle.args)
+        return True
+
+
+class NodeLoop(asyncio.AbstractEventLoop):
+    """The event loop of one incarnation."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.world = world
+        self.name = name
+        self.dead = False
+
+    def time(self) -> float:
+        return self.world.now_s
+
+    def call_soon(self, callback: Any, *args: Any, context: Any = None) -> Any:
+        return self.world.soon(self, callback, args)
+
+    def call_soon_threadsafe(self, callback: Any, *args: Any, context: Any = None) -> Any:
+        return self.world.soon(self, callback, args)
+
+    def call_at(self, when: float, callback: Any, *args: Any, context: Any = None) -> Any:
+        return self.world.timer(self, when, callback, args)
+
+    def call_later(self, delay: float, callback: Any, *args: Any, context: Any = None) -> Any:
+        return self.world.timer(self, self.world.now_s + delay, callback, args)
+
+    def create_future(self) -> Any:
+        return asyncio.Future(loop=self)
+
+    def create_task(self, coro: Any, *, name: Any = None, context: Any = None) -> Any:
+        return asyncio.Task(coro, loop=self, name=name)
+
+    def get_debug(self) -> bool:
+        return False
+
+    def is_running(self) -> bool:
+        return not self.dead
+
+    def is_closed(self) -> bool:
+        return False
+
+    def call_exception_handler(self, context: Any) -> None:
+        """Only "never retrieved" and "destroyed while pending" come this way, when the collector finds them."""

@@ -1,0 +1,588 @@
+"""What must be true. The oracle knows every write, sees both disks, and decodes the durable metadata with the real
+decoder; it never asks the node's memory what is safe.
+
+Each 512-byte sector has a log of writes, which ends at the newest one that is known to be flushed:
+
+    pending   asked for, not answered
+    maybe     failed, or its node died before the answer: may be there or not, until a later write is acknowledged
+    acked     acknowledged; `holders` are the machines whose cache or disk has it and that may lose it in a power cut
+    flushed   covered by a later FLUSH that was answered, or written with FUA
+
+A write is *superseded* by one that was issued after its end and is acknowledged. Then:
+
+Ack         when a write is acknowledged (protocol C), the other machine has applied it, or the durable superblock of
+            the Primary says that it is out of sync.
+Flush       when a FLUSH or FUA is answered, what it covers is durable on the Primary and, unless the superblock says
+            that it is out of sync or was promoted without the other one, on the other one.
+Reads       show a value that is not superseded. So does the whole image of a node that becomes Primary.
+Loss        an acked write may only go when every holder has lost its cache (power cut, or a failed flush that dropped
+            the pages) before it was durable there; a flushed one never. While one in-sync machine runs on, all that it
+            holds stays: a crashed Primary that comes back does not overwrite it.
+Cover       whenever anything durable changes: the sectors that may differ between the copies after a power cut of both
+            lie inside the durable activity logs and bitmaps of the two, or the verdict of the real decision table over
+            the durable superblocks asks for a full resync.
+Direction   whenever a superblock changes: the copy that would be source after a power cut of both has every flushed
+            write. A copy that has acknowledged writes of its own is not overwritten unless the operator said so.
+Half copied a node that begins to take resync data is durably Inconsistent.
+One Primary where the operator forbids two, and no split brain there.
+Copies      are byte-identical once both are Established and quiet.
+"""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from replica import superblock as superblocks
+from replica.activity_log import recover
+from replica.bitmap import SECTOR_BYTES, Bitmap
+from replica.generation import Kind, Side, decide
+from replica.states import Replication
+from replica.superblock import Superblock
+from tests.sim.disk import SECTOR
+from tests.sim.trace import Trace, Violation
+
+if TYPE_CHECKING:
+    from tests.sim.node import Machine
+
+PENDING, MAYBE, ACKED, FLUSHED = range(4)
+
+
+class Entry:
+    """One write to one sector."""
+
+    __slots__ = ("applied", "end", "holders", "issue", "level", "lost", "ran", "sector", "value")
+
+    def __init__(self, sector: int, value: int, issue: int) -> None:
+        self.sector = sector
+        self.value = value
+        self.issue = issue
+        self.end: int | None = None
+        self.level = PENDING
+        self.applied = 0  # bits of the machines in whose cache it has been
+        self.holders = 0
+        self.lost = 0
+        self.ran: tuple[int, ...] = ()  # which incarnation of each machine ran when it was acknowledged
+
+
+class Durable:
+    """The durable metadata of one machine, decoded when they have changed."""
+
+    def __init__(self, machine: "Machine", *, cached: bool = False) -> None:
+        """`cached`: as a process that is started now would read them (for the operator)."""
+        self.machine = machine
+        self._image = machine.metadata.cache if cached else machine.metadata.durable
+        self._version = -1
+        self.superblock: Superblock | None = None
+        self.raw_superblock = b""
+        self.cover = 0  # one bit for each block: the activity log's and the bitmap's
+
+    def refresh(self) -> bool:
+        """True when something is different now."""
+        disk = self.machine.metadata
+        if disk.durable_changes == self._version:
+            return False
+        self._version = disk.durable_changes
+        data = self._image
+        copies = [bytes(data[0:4096]), bytes(data[4096:8192])]
+        try:
+            chosen = superblocks.choose(copies, self.machine.name)
+        except superblocks.MetadataError:
+            self.superblock, self.cover = None, 0
+            return True
+        superblock = self.superblock = chosen.superblock
+        self.raw_superblock = chosen.data
+        size, at = superblock.al_copy_bytes, superblock.al_offset
+        extents = recover([bytes(data[at + size * copy : at + size * (copy + 1)]) for copy in range(4)]).extents
+        blocks = superblock.blocks
+        full = (1 << blocks) - 1
+        shift = _extent_blocks()
+        mask = 0
+        for extent in extents if extents is not None else range(-(-blocks // shift)):
+            mask |= ((1 << shift) - 1) << (extent * shift)
+        bitmap = Bitmap(blocks)
+        if superblock.bitmap_default_ones:
+            bitmap.set_all()
+        offset, length = superblock.bitmap_region()
+        for sector in range(length // SECTOR_BYTES):
+            place = offset + sector * SECTOR_BYTES
+            bitmap.load_sector(sector, superblock.bitmap_epoch, bytes(data[place : place + SECTOR_BYTES]))
+        cursor = 0
+        while (run := bitmap.next_run(cursor, blocks)) is not None:
+            mask |= ((1 << run[1]) - 1) << run[0]
+            cursor = run[0] + run[1]
+        self.cover = mask & full
+        return True
+
+    def side(self) -> Side | None:
+        """This copy as it would introduce itself after a power cut now."""
+        superblock = self.superblock
+        if superblock is None:
+            return None
+        return Side(
+            node=self.machine.name,
+            generations=superblock.generations,
+            size_bytes=superblock.size_bytes,
+            just_created=superblock.just_created,
+            inconsistent=superblock.inconsistent,
+            ahead=superblock.ahead or superblock.primary,
+            promoted_alone=superblock.promoted_alone,
+            dirty=self.cover.bit_count(),
+        )
+
+
+def _extent_blocks() -> int:
+    from replica import activity_log
+
+    return activity_log.EXTENT_SIZE >> 12
+
+
+class Lineage:
+    """The history of the data as one node's clients see it; shared unless a split brain was accepted."""
+
+    def __init__(self) -> None:
+        self.log: dict[int, list[Entry]] = {}
+        self.acked: dict[Entry, None] = {}
+        self.acks = 0
+
+    def add(self, entry: Entry) -> None:
+        self.log.setdefault(entry.sector, [Entry(entry.sector, 0, -1)])
+        first = self.log[entry.sector][0]
+        if first.issue == -1 and first.level == PENDING:
+            first.level, first.end = FLUSHED, 0
+        self.log[entry.sector].append(entry)
+
+    def allowed(self, sector: int, *, level: int = ACKED, before: int | None = None) -> set[int]:
+        """Values the sector may have, as far as writes of at least `level` that ended by `before` force it."""
+        entries = self.log.get(sector)
+        if entries is None:
+            return {0}
+        newest = max(
+            (e.issue for e in entries if e.level >= level and (before is None or (e.end or 0) <= before)), default=-1
+        )
+        return {e.value for e in entries if e.end is None or e.end > newest}
+
+    def prune(self, sector: int) -> None:
+        entries = self.log[sector]
+        newest = max((e.issue for e in entries if e.level == FLUSHED), default=-1)
+        self.log[sector] = [e for e in entries if e.end is None or e.end > newest or e.issue >= newest]
+
+
+class Oracle:
+    """Watches one run."""
+
+    def __init__(self, machines: "tuple[Machine, Machine]", trace: Trace, *, protocol: str, split_brain: bool) -> None:
+        self.machines = machines
+        self.trace = trace
+        self.protocol = protocol
+        self.split_brain = split_brain
+        self.violation: Violation | None = None
+        self.clock = 0
+        self.active_reads = 0
+        self.checks = 0
+        self.discarding: dict[str, None] = {}
+        self.accepted_fork: dict[str, None] = {}
+        shared = Lineage()
+        self.lineage = {machine.name: shared for machine in machines}
+        self.durable = {machine.name: Durable(machine) for machine in machines}
+        self._primary: dict[str, bool] = {machine.name: False for machine in machines}
+        self._replication: dict[str, str] = {}
+        self._pending: dict[int, list[Entry]] = {}  # value -> entries of the write, in order of sectors
+        self._zeroes: dict[int, list[Entry]] = {}  # sector -> pending writes of zeroes
+        self._differ: dict[int, None] = {}
+        self._verdict_full = True
+        self._cover = 0
+        for machine in machines:
+            machine.data.wrote = self._wrote_by(machine)
+            machine.data.persisted = self._persisted
+            machine.data.lost = self._lost_by(machine)
+            machine.metadata.persisted = self._metadata_persisted
+        self._metadata_persisted(())
+
+    def fail(self, rule: str, text: str) -> None:
+        """A rule is broken: the run ends here."""
+        if self.violation is None:
+            self.trace.note(f"VIOLATION {rule}: {text}")
+            self.violation = Violation(f"{rule}: {text}")
+
+    def other(self, machine: "Machine") -> "Machine":
+        return self.machines[1] if machine is self.machines[0] else self.machines[0]
+
+    # ── what the disks do ────────────────────────────────────────────────────────────────────────────────────
+
+    def _wrote_by(self, machine: "Machine"):  # type: ignore[no-untyped-def]
+        bit, cache, pending, differ = machine.bit, machine.data.cache, self._pending, self._differ
+
+        def wrote(first: int, count: int) -> None:
+            for sector in range(first, first + count):
+                place = sector * SECTOR
+                value = int.from_bytes(cache[place : place + 8], "little")
+                if value in pending:
+                    entries = pending[value]
+                    entries[sector - entries[0].sector].applied |= bit
+                elif not value and sector in self._zeroes:
+                    for entry in self._zeroes[sector]:
+                        entry.applied |= bit
+                if sector not in differ:
+                    differ[sector] = None
+                    self._check_covered(sector)
+
+        return wrote
+
+    def _lost_by(self, machine: "Machine"):  # type: ignore[no-untyped-def]
+        def lost(sectors: list[int]) -> None:
+            gone = dict.fromkeys(sectors)
+            for lineage in self._lineages():
+                for entry in list(lineage.acked):
+                    if (
+                        entry.holders & machine.bit
+                        and entry.sector in gone
+                        and not self._holds(lineage, machine, entry)
+                    ):
+                        entry.holders &= ~machine.bit
+                        entry.lost |= machine.bit
+                        if not entry.holders:
+                            self._demote(lineage, entry)
+
+        return lost
+
+    def _holds(self, lineage: Lineage, machine: "Machine", entry: Entry) -> bool:
+        """Whether this machine's image has this write or one that is not older."""
+        value = self.value_of(machine.data.cache, entry.sector)
+        return any(e.value == value and (e.end is None or e.end > entry.issue) for e in lineage.log[entry.sector])
+
+    @staticmethod
+    def _demote(lineage: Lineage, entry: Entry) -> None:
+        """It was acknowledged, but has been lost in a way that is allowed."""
+        if entry.level == ACKED:
+            entry.level = MAYBE
+            lineage.acked.pop(entry, None)
+
+    def _persisted(self, sectors: Iterable[int]) -> None:
+        one, two = self.machines
+        for sector in sectors:
+            place = slice(sector * SECTOR, (sector + 1) * SECTOR)
+            if (
+                sector in one.data.dirty
+                or sector in two.data.dirty
+                or one.data.durable[place] != two.data.durable[place]
+            ):
+                if sector not in self._differ:
+                    self._differ[sector] = None
+                    self._check_covered(sector)
+            else:
+                self._differ.pop(sector, None)
+
+    # ── Cover and Direction ──────────────────────────────────────────────────────────────────────────────────
+
+    def _metadata_persisted(self, _sectors: Iterable[int]) -> None:
+        one, two = (self.durable[machine.name] for machine in self.machines)
+        raw = (one.raw_superblock, two.raw_superblock)
+        if not (one.refresh() | two.refresh()) or self.violation is not None:
+            return
+        mine, peer = one.side(), two.side()
+        if mine is None or peer is None:
+            # A new copy being made, or damage that the fault model keeps to one copy.
+            self._verdict_full = True
+            return
+        verdict = decide(mine, peer)
+        self._cover = one.cover | two.cover
+        by_bitmap = verdict.kind in (Kind.SOURCE, Kind.TARGET) and not verdict.full
+        self._verdict_full = not (by_bitmap or verdict.kind is Kind.IN_SYNC)
+        self.checks += 1
+        if not self._verdict_full:
+            for sector in self._differ:
+                if not self._cover >> (sector >> 3) & 1:
+                    self._uncovered(sector, f"would be {verdict.kind} ({verdict.rule})")
+                    return
+        if (one.raw_superblock, two.raw_superblock) != raw:
+            self._check_direction(verdict.kind, verdict.rule)
+
+    def _check_covered(self, sector: int) -> None:
+        if not self._verdict_full and not self._cover >> (sector >> 3) & 1:
+            self._uncovered(sector, "changed")
+
+    def _uncovered(self, sector: int, why: str) -> None:
+        words = "; ".join(
+            f"{m.name} durable {self.value_of(m.data.durable, sector):x} cache {self.value_of(m.data.cache, sector):x}"
+            f"{' dirty' if sector in m.data.dirty else ''}"
+            for m in self.machines
+        )
+        self.fail("Cover", f"sector {sector} may differ and is in no durable log or bitmap ({why}): {words}")
+
+    def _check_direction(self, kind: Kind, rule: str) -> None:
+        if kind not in (Kind.SOURCE, Kind.TARGET, Kind.IN_SYNC) or len(self._lineages()) > 1 or self.accepted_fork:
+            return
+        for machine, sources in ((self.machines[0], Kind.SOURCE), (self.machines[1], Kind.TARGET)):
+            if kind is Kind.IN_SYNC or kind is sources:
+                lineage = self.lineage[machine.name]
+                for sector in lineage.log:
+                    value = self.value_of(machine.data.durable, sector)
+                    if value not in lineage.allowed(sector, level=FLUSHED):
+                        self.fail(
+                            "Direction",
+                            f"{machine.name} would be source after a power cut of both ({rule}) and lacks a flushed "
+                            f"write to sector {sector}: it has {value:x}",
+                        )
+                        return
+
+    # ── what clients do ──────────────────────────────────────────────────────────────────────────────────────
+
+    @staticmethod
+    def value_of(image: bytes | bytearray, sector: int) -> int:
+        place = sector * SECTOR
+        return int.from_bytes(image[place : place + 8], "little")
+
+    def issue(self, machine: "Machine", first: int, count: int, value: int) -> list[Entry]:
+        """A write (value 0: zeroes) is about to be asked of this machine."""
+        self.clock += 1
+        entries = [Entry(sector, value, self.clock) for sector in range(first, first + count)]
+        lineage = self.lineage[machine.name]
+        for entry in entries:
+            lineage.add(entry)
+            if value == 0:
+                self._zeroes.setdefault(entry.sector, []).append(entry)
+        if value:
+            self._pending[value] = entries
+        return entries
+
+    def _ended(self, entries: list[Entry]) -> None:
+        self.clock += 1
+        for entry in entries:
+            entry.end = self.clock
+            if not entry.value:
+                self._zeroes[entry.sector].remove(entry)
+                if not self._zeroes[entry.sector]:
+                    del self._zeroes[entry.sector]
+        if entries[0].value:
+            self._pending.pop(entries[0].value, None)
+
+    def failed(self, entries: list[Entry]) -> None:
+        """It was answered with an error, or never."""
+        self._ended(entries)
+        for entry in entries:
+            entry.level = MAYBE
+
+    def acknowledged(self, machine: "Machine", entries: list[Entry], *, durable: bool = False) -> None:
+        """It was answered with success."""
+        peer = self.other(machine)
+        lineage = self.lineage[machine.name]
+        lineage.acks += 1
+        if not machine.is_primary:
+            self.fail("One Primary", f"{machine.name} answered a write and is not Primary")
+        if not self.split_brain and peer.is_primary:
+            self.fail("One Primary", f"{machine.name} answered a write while {peer.name} is Primary as well")
+        self._ended(entries)
+        alone = self._recorded_alone(machine)
+        for entry in entries:
+            entry.level = ACKED
+            # Applied, or what overlaps it was applied instead, in an order that was never promised.
+            kept = {one.bit: self._holds(lineage, one, entry) for one in self.machines}
+            if not (entry.applied & machine.bit or kept[machine.bit]):
+                self.fail(
+                    "Ack",
+                    f"{machine.name} answered write {entry.value:x} to sector {entry.sector} and has not applied it",
+                )
+            with_peer = not alone and (entry.applied & peer.bit or kept[peer.bit])
+            if not alone and not with_peer and self.protocol == "C":
+                self.fail(
+                    "Ack",
+                    f"{machine.name} answered write {entry.value:x} to sector {entry.sector}: {peer.name} "
+                    "has not applied it and is not on record as out of sync",
+                )
+            applied = machine.bit | (peer.bit if with_peer else 0)
+            # A machine may have lost it again before the answer.
+            entry.holders = sum(bit for bit, keeps in kept.items() if keeps and applied & bit)
+            entry.lost = applied & ~entry.holders
+            entry.ran = tuple(one.incarnations for one in self.machines)
+            lineage.acked[entry] = None
+            if not entry.holders:
+                self._demote(lineage, entry)
+        if durable:
+            self._check_durable(machine, entries, "FUA")
+
+    def _recorded_alone(self, machine: "Machine") -> bool:
+        durable = self.durable[machine.name]
+        durable.refresh()
+        return durable.superblock is not None and durable.superblock.peers[0].outdated
+
+    def flush_issued(self, machine: "Machine") -> list[Entry]:
+        return list(self.lineage[machine.name].acked)
+
+    def flush_done(self, machine: "Machine", covered: list[Entry]) -> None:
+        self._check_durable(machine, [entry for entry in covered if entry.level == ACKED], "FLUSH")
+
+    def _check_durable(self, machine: "Machine", entries: list[Entry], what: str) -> None:
+        lineage = self.lineage[machine.name]
+        required = [machine] if machine.resource is not None and machine.resource.attached else []
+        superblock = self.durable[machine.name].superblock
+        # Promoted without the other one: it outranks the other one, should that come back with less.
+        outranks = superblock is not None and superblock.promoted_alone
+        if not self._recorded_alone(machine) and not outranks:
+            required.append(self.other(machine))
+        for entry in entries:
+            for one in required:
+                value = self.value_of(one.data.durable, entry.sector)
+                log = lineage.log[entry.sector]
+                if not any(e.value == value and (e.end is None or e.end > entry.issue) for e in log):
+                    self.fail(
+                        "Flush",
+                        f"{machine.name} answered a {what}, but {one.name} has {value:x} durable at sector "
+                        f"{entry.sector} instead of {entry.value:x}",
+                    )
+                    return
+            entry.level = FLUSHED
+            lineage.acked.pop(entry, None)
+        if not self.active_reads:
+            for entry in entries:
+                lineage.prune(entry.sector)
+
+    def read_done(self, machine: "Machine", began: int, first: int, data: bytes) -> None:
+        """A read that was asked for at clock `began` has shown these sectors."""
+        lineage = self.lineage[machine.name]
+        for index in range(len(data) // SECTOR):
+            piece = data[index * SECTOR : (index + 1) * SECTOR]
+            value = int.from_bytes(piece[:8], "little")
+            if piece != piece[:16] * (SECTOR // 16) or (value and piece[8:12] != (first + index).to_bytes(4, "little")):
+                self.fail("Reads", f"sector {first + index} on {machine.name} holds garbage: {piece[:16].hex()}")
+            allowed = lineage.allowed(first + index, before=began)
+            if value not in allowed:
+                self._wrong("Reads", machine, first + index, value, allowed)
+                return
+
+    def _wrong(self, rule: str, machine: "Machine", sector: int, value: int, allowed: set[int]) -> None:
+        words = ", ".join(f"{one:x}" for one in sorted(allowed))
+        self.fail(rule, f"sector {sector} on {machine.name} holds {value:x}, allowed are {words}")
+
+    # ── what the nodes become ────────────────────────────────────────────────────────────────────────────────
+
+    def _lineages(self) -> list[Lineage]:
+        one, two = (self.lineage[machine.name] for machine in self.machines)
+        return [one] if one is two else [one, two]
+
+    def observe(self, machine: "Machine") -> None:
+        """A state of this node has changed."""
+        resource = machine.resource
+        primary = machine.is_primary
+        if primary and not self._primary[machine.name]:
+            self._promoted(machine)
+        self._primary[machine.name] = primary
+        replication = str(resource.state.replication) if resource is not None else ""
+        if replication != self._replication.get(machine.name):
+            self._replication[machine.name] = replication
+            if replication == Replication.SYNC_TARGET:
+                self._overwritten(machine)
+            elif replication == Replication.ESTABLISHED:
+                self._established()
+
+    def gone(self, machine: "Machine") -> None:
+        """The node's process has died."""
+        self._primary[machine.name] = False
+        self._replication[machine.name] = ""
+
+    def _promoted(self, machine: "Machine") -> None:
+        self.trace.note(f"{machine.name} is Primary")
+        peer = self.other(machine)
+        if machine.name in self.accepted_fork:
+            del self.accepted_fork[machine.name]
+            self._adopt(machine)
+            return
+        if peer.is_primary and not self.split_brain:
+            self.fail("One Primary", f"{machine.name} became Primary while {peer.name} is Primary")
+        lineage = self.lineage[machine.name]
+        for entry in list(lineage.acked):
+            # Asynchronous protocols may lose what the old Primary had acknowledged. With C only what was lost here,
+            # and the operator chose this node all the same.
+            if not entry.holders & machine.bit and (self.protocol != "C" or entry.lost & machine.bit):
+                self._demote(lineage, entry)
+        self.check_image(machine, "Promotion")
+
+    def _adopt(self, machine: "Machine") -> None:
+        """The operator accepts what this copy is, whatever the other has: a history of its own begins."""
+        lineage = Lineage()
+        old = self.lineage[machine.name]
+        for sector in range(machine.size_bytes // SECTOR):
+            value = self.value_of(machine.data.cache, sector)
+            if sector not in old.log and not value and not self.value_of(machine.data.durable, sector):
+                continue
+            base = Entry(sector, self.value_of(machine.data.durable, sector), -3)
+            base.end, base.level = -2, FLUSHED
+            entry = Entry(sector, value, -2)
+            entry.end, entry.level, entry.holders = 0, ACKED, machine.bit
+            entry.ran = tuple(one.incarnations for one in self.machines)
+            lineage.log[sector] = [base, entry]
+            lineage.acked[entry] = None
+        # Pending writes of its own clients: none, it was Secondary.
+        self.lineage[machine.name] = lineage
+        old.acks = 0  # what the other one acknowledges from here on is lost if this copy overwrites it
+        self.trace.note(f"{machine.name} has a history of its own from here on")
+
+    def _overwritten(self, machine: "Machine") -> None:
+        """This node has become the target of a resync."""
+        source = self.other(machine)
+        superblock = self.durable[machine.name].superblock
+        if superblock is None or not superblock.inconsistent:
+            self.fail("Half copied", f"{machine.name} takes resync data and is not durably Inconsistent")
+        mine, theirs = self.lineage[machine.name], self.lineage[source.name]
+        if mine is not theirs:
+            if mine.acks and machine.name not in self.discarding:
+                self.fail("Direction", f"{machine.name} has writes of its own and is overwritten by {source.name}")
+            self.discarding.pop(machine.name, None)
+            self.lineage[machine.name] = theirs
+            self._metadata_persisted(())
+            return
+        for entry in list(mine.acked):
+            if not entry.holders & source.bit:
+                if self._holds(mine, source, entry):  # it came back with a resync
+                    entry.holders |= source.bit
+                    continue
+                ran_on = entry.holders & machine.bit and machine.incarnations == entry.ran[self.machines.index(machine)]
+                if self.protocol != "C" or (entry.lost & source.bit and not ran_on):
+                    self._demote(mine, entry)
+                elif ran_on:
+                    self.fail(
+                        "Loss",
+                        f"{machine.name} holds the acknowledged write {entry.value:x} to sector "
+                        f"{entry.sector} and is overwritten by {source.name}, which has lost it",
+                    )
+                    return
+
+    def _established(self) -> None:
+        one, two = (self.lineage[machine.name] for machine in self.machines)
+        if one is two:
+            return
+        if all(self._replication.get(machine.name) == Replication.ESTABLISHED for machine in self.machines):
+            if one.acks and two.acks and not self.discarding:
+                self.fail("Direction", "both copies have writes of their own and count as in sync")
+            winner = two if two.acks else one
+            if self.discarding:
+                winner = next(self.lineage[m.name] for m in self.machines if m.name not in self.discarding)
+                self.discarding.clear()
+            for machine in self.machines:
+                self.lineage[machine.name] = winner
+
+    def check_image(self, machine: "Machine", rule: str) -> None:
+        """Every sector that was ever written shows an allowed value on this machine."""
+        lineage = self.lineage[machine.name]
+        for sector in lineage.log:
+            value = self.value_of(machine.data.cache, sector)
+            allowed = lineage.allowed(sector)
+            if value not in allowed:
+                self._wrong(rule, machine, sector, value, allowed)
+                return
+
+    def check_copies(self) -> None:
+        """Both are Established and quiet."""
+        one, two = self.machines
+        if one.data.cache != two.data.cache:
+            sector = next(
+                s
+                for s in range(one.size_bytes // SECTOR)
+                if one.data.cache[s * SECTOR : (s + 1) * SECTOR] != two.data.cache[s * SECTOR : (s + 1) * SECTOR]
+            )
+            self.fail(
+                "Copies",
+                f"sector {sector} is {self.value_of(one.data.cache, sector):x} on {one.name} and "
+                f"{self.value_of(two.data.cache, sector):x} on {two.name}",
+            )
+            return
+        for machine in self.machines:
+            self.check_image(machine, "Copies")

@@ -1,0 +1,373 @@
+"""One seed from its first event to its last check, and the command line over many of them."""
+
+import argparse
+import contextlib
+import gc
+import logging
+import random
+import sys
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import replica.tasks
+from replica.link import PeerLink
+from replica.states import Replication
+from tests.sim.client import Workload
+from tests.sim.loop import World
+from tests.sim.network import Network
+from tests.sim.node import Incarnation, Machine
+from tests.sim.operator import TICK_S, Operator
+from tests.sim.oracle import Oracle
+from tests.sim.scenario import Scenario, configuration, draw, patched
+from tests.sim.trace import Trace
+
+#: Virtual time that two whole machines have to become Established again when all faults have ended.
+RECOVERY_S = 60.0
+#: Steps without an end are a livelock.
+MOST_STEPS = 2_000_000
+
+
+@dataclass
+class Outcome:
+    """What a run found."""
+
+    seed: int
+    violation: str | None
+    checksum: int
+    virtual_s: float
+    steps: int
+    requests: int
+    answers: int
+    errors: int
+    checks: int
+    faults: dict[str, int] = field(default_factory=dict)
+    trace: list[str] = field(default_factory=list)
+
+
+class Run:
+    """The world of one seed."""
+
+    def __init__(self, scenario: Scenario, *, echo: bool = False) -> None:
+        self.scenario = scenario
+        self.world = World()
+        self.trace = Trace(self.world, echo=echo)
+        self.network = Network(self.world, scenario.rng("network"), scenario.network)
+        one, two = (
+            Machine(
+                self.world,
+                self.trace,
+                self.network,
+                configuration(scenario, name),
+                scenario.rng,
+                scenario.disk[name],
+                scenario.size_bytes,
+            )
+            for name in ("node1", "node2")
+        )
+        self.machines = (one, two)
+        generation = 0 if scenario.fresh else scenario.rng("generation").getrandbits(64) | 1
+        for machine in self.machines:
+            machine.format(generation)
+        self.oracle = Oracle(self.machines, self.trace, protocol=scenario.protocol, split_brain=scenario.split_brain)
+        self.workload = Workload(scenario, self.oracle, scenario.rng("clients"))
+        self.operator = Operator(self, scenario.rng("operator"))
+        self.requesting = True
+        for machine in self.machines:
+            machine.observe = self._observe
+            machine.died = self._died
+        self._last_words: dict[str, Any] = {}
+
+    def _observe(self, machine: Machine) -> None:
+        resource = machine.resource
+        if resource is not None:
+            state = resource.state
+            words = f"{machine.name} {state.role} {state.connection} {state.replication} {resource.disk_state}"
+            if words != self._last_words.get(machine.name):
+                self._last_words[machine.name] = words
+                self.trace.note(f"{words} {state.last_error[:90]}")
+        self.oracle.observe(machine)
+
+    def _died(self, machine: Machine, incarnation: Incarnation | None) -> None:
+        self.oracle.gone(machine)
+        if incarnation is not None:
+            self.workload.died(incarnation)
+        self.operator.node_died(machine)
+
+    # ── the course of a run ──────────────────────────────────────────────────────────────────────────────────
+
+    def _stopped(self) -> bool:
+        return self.oracle.violation is not None or bool(self.world.complaints) or self.world.steps > MOST_STEPS
+
+    def execute(self) -> None:
+        """Chaos, then recovery, then the last checks."""
+        world = self.world
+        self.trace.note(f"seed {self.scenario.seed}: {self.scenario.summary()}")
+        for machine in self.machines:
+            machine.boot()
+        self._request()
+        self.operator.start()
+        world.run(self._stopped, self.scenario.duration_s)
+        if not self._stopped():
+            self._recover()
+        if self.world.complaints:
+            self.oracle.fail("Fault of the node", "; ".join(self.world.complaints[:3]))
+        elif self.world.steps > MOST_STEPS:
+            self.oracle.fail("Liveness", f"{MOST_STEPS} steps and no end")
+
+    def _request(self) -> None:
+        if not self.requesting:
+            return
+        rng = self.workload.rng
+        self.world.after(rng.expovariate(1 / self.scenario.request_every_s), self._request)
+        machine = rng.choice(self.machines)
+        if machine.alive:
+            self.workload.step(machine)
+
+    def _recover(self) -> None:
+        self.trace.note("--- no more faults")
+        self.requesting = False
+        self.operator.over = True
+        self._heal_all()
+        if not self._wait(lambda: self.workload.idle and self.in_sync(), "become Established again"):
+            return
+        # The asynchronous protocols answer before the other copy has it; a FLUSH comes behind everything.
+        if not self._flush() or not self._wait(self.in_sync, "become Established again"):
+            return
+        self._compare("after the last resync")
+        if self.oracle.violation is None and self.scenario.final_power_cut:
+            self._cut_both()
+
+    def _heal_all(self) -> None:
+        self.network.heal()
+        for machine in self.machines:
+            machine.faults_off = True
+            machine.data.faults.slowness = machine.metadata.faults.slowness = 1.0
+            if machine.incarnation is not None:
+                machine.incarnation.fuse = 0
+            machine.boot()
+
+    def _wait(self, done: Callable[[], bool], what: str) -> bool:
+        """Care for the pair until `done()`; a violation of liveness when that takes too long."""
+        limit_s = self.world.now_s + RECOVERY_S
+        while self.world.now_s < limit_s:
+            if self.world.run(lambda: self._stopped() or done(), self.world.now_s + TICK_S):
+                return not self._stopped()
+            for machine in self.machines:
+                machine.boot()
+            self.operator.care()
+        words = "; ".join(self._state_of(machine) for machine in self.machines)
+        busy = "" if self.workload.idle else f"; {len(self.workload._busy)} sectors still wait for an answer"
+        self.oracle.fail("Liveness", f"the nodes did not {what} within {RECOVERY_S:.0f} s: {words}{busy}")
+        return False
+
+    @staticmethod
+    def _state_of(machine: Machine) -> str:
+        resource = machine.resource
+        if resource is None:
+            return f"{machine.name} is down"
+        state = resource.state
+        return (
+            f"{machine.name} {state.role} {state.connection} {state.replication} {resource.disk_state} "
+            f"{state.last_error}"
+        )
+
+    def in_sync(self) -> bool:
+        """Both Established, the Primary serving, nothing dirty on either."""
+        for machine in self.machines:
+            resource = machine.resource
+            if resource is None or not resource.attached or machine.incarnation is None:
+                return False
+            if resource.state.replication is not Replication.ESTABLISHED or machine.incarnation.stopping:
+                return False
+            if resource.disk.bitmap.count:
+                return False
+            session = resource.session
+            if session is None or not session._task.done():
+                return False
+        return any(machine.is_primary for machine in self.machines)
+
+    def _compare(self, when: str) -> None:
+        self.trace.note(f"--- comparing {when}")
+        self.oracle.check_copies()
+
+    def _flush(self) -> bool:
+        primary = next(machine for machine in self.machines if machine.is_primary)
+        covered = self.oracle.flush_issued(primary)
+        results: list[Exception | None] = []
+        primary.run(lambda node: node.export.flush(), results.append)
+        if not self._wait(lambda: bool(results), "answer the last FLUSH"):
+            return False
+        if results[0] is None:
+            self.oracle.flush_done(primary, covered)
+        return self.oracle.violation is None
+
+    def _cut_both(self) -> None:
+        for machine in self.machines:
+            machine.die(power=True, why="the last power cut of both")
+        for machine in self.machines:
+            machine.boot()
+        if self._wait(self.in_sync, "become Established after the last power cut"):
+            self._compare("after the last power cut")
+
+    def outcome(self) -> Outcome:
+        """The result, with a checksum over everything that happened."""
+        checksum = self.trace.checksum
+        for machine in self.machines:
+            for disk in (machine.data, machine.metadata):
+                checksum = zlib.crc32(disk.cache, zlib.crc32(disk.durable, checksum))
+        checksum = zlib.crc32(f"{self.world.steps} {self.world.now_s!r} {self.workload.answers}".encode(), checksum)
+        violation = self.oracle.violation
+        return Outcome(
+            self.scenario.seed,
+            None if violation is None else str(violation),
+            checksum,
+            self.world.now_s,
+            self.world.steps,
+            self.workload.requests,
+            self.workload.answers,
+            self.workload.errors,
+            self.oracle.checks,
+            self.trace.counts,
+            list(self.trace.lines),
+        )
+
+
+class _Listen(logging.Handler):
+    """What the node logs: a background task that failed unexpectedly is a fault; the rest goes to an echoed trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.run: Run | None = None
+        self.echo = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.run is None:
+            return
+        if record.exc_info is not None and record.exc_info[1] is not None:
+            error = record.exc_info[1]
+            loop = self.run.world._current
+            if loop is not None and not loop.dead:
+                self.run.world.complain(loop, error)
+        elif self.echo:
+            self.run.trace.lines.append(f"{'':10} {record.getMessage()}")
+            print(f"{self.run.world.now_s:10.6f}   log {record.getMessage()}")
+
+
+def _link_hash(link: PeerLink) -> int:
+    """Sets of links must not be ordered by addresses."""
+    return zlib.crc32(link._hello)
+
+
+@contextlib.contextmanager
+def quiet(*, echo: bool = False) -> Iterator[_Listen]:
+    """The process as the simulator needs it: no log output, no garbage collection in the middle of a run."""
+    logger = logging.getLogger("replica")
+    listen = _Listen()
+    listen.echo = echo
+    before = (logger.level, logger.propagate, sys.unraisablehook, PeerLink.__hash__)
+    logger.addHandler(listen)
+    logger.setLevel(logging.INFO if echo else logging.ERROR)
+    logger.propagate = False
+    # Coroutines of dead incarnations complain when they are collected; that is what being dead means.
+    sys.unraisablehook = lambda _: None
+    PeerLink.__hash__ = _link_hash  # type: ignore[method-assign, assignment]
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield listen
+    finally:
+        logger.removeHandler(listen)
+        logger.setLevel(before[0])
+        logger.propagate, sys.unraisablehook = before[1], before[2]
+        PeerLink.__hash__ = before[3]  # type: ignore[method-assign]
+        gc.unfreeze()
+        if collecting:
+            gc.enable()
+
+
+def run_seed(
+    seed: int, listen: _Listen, *, bias: Callable[[Scenario, random.Random], None] | None = None, echo: bool = False
+) -> Outcome:
+    """Run one seed inside `quiet()`."""
+    scenario = draw(seed, bias)
+    with patched(scenario):
+        run = Run(scenario, echo=echo)
+        listen.run = run
+        try:
+            run.execute()
+            return run.outcome()
+        finally:
+            listen.run = None
+            for machine in run.machines:
+                if machine.incarnation is not None:
+                    machine.incarnation.dead = machine.incarnation.loop.dead = True
+            replica.tasks._running.clear()
+            del run
+            gc.collect()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m tests.sim`."""
+    parser = argparse.ArgumentParser(prog="python -m tests.sim", description="Run seeds of the simulator.")
+    parser.add_argument("--seeds", type=int, help="how many seeds to run (default 100, for a canary at most 2000)")
+    parser.add_argument("--start", type=int, default=1, help="the first seed (default 1)")
+    parser.add_argument("--canary", help="plant this bug and run until it is found; 'all': each of them, one by one")
+    parser.add_argument("--keep-going", action="store_true", help="go on after a seed that failed")
+    parser.add_argument("--verbose", action="store_true", help="print every event")
+    parser.add_argument("--checksums", action="store_true", help="print the checksum of each run")
+    options = parser.parse_args(arguments)
+    if options.canary:
+        from tests.sim import canaries
+
+        return canaries.hunt(options.canary, options.start, options.seeds or canaries.MOST_SEEDS)
+    options.seeds = options.seeds or 100
+    return campaign(options)
+
+
+def campaign(options: argparse.Namespace) -> int:
+    """Run the seeds, report failures with their trace, sum up."""
+    began = time.monotonic()
+    totals = {"runs": 0, "failed": 0, "steps": 0, "requests": 0, "answers": 0, "errors": 0, "checks": 0}
+    faults: dict[str, int] = {}
+    virtual_s = 0.0
+    with quiet(echo=options.verbose) as listen:
+        for seed in range(options.start, options.start + options.seeds):
+            outcome = run_seed(seed, listen, echo=options.verbose)
+            totals["runs"] += 1
+            virtual_s += outcome.virtual_s
+            for name in ("steps", "requests", "answers", "errors", "checks"):
+                totals[name] += getattr(outcome, name)
+            for kind, count in outcome.faults.items():
+                faults[kind] = faults.get(kind, 0) + count
+            if options.checksums:
+                print(f"seed {seed} checksum {outcome.checksum:08x}", flush=True)
+            if outcome.violation is not None:
+                totals["failed"] += 1
+                report(outcome)
+                if not options.keep_going:
+                    break
+    spent_s = time.monotonic() - began
+    print(
+        f"{totals['runs']} seeds, {totals['failed']} failed, {virtual_s:.0f} simulated seconds in {spent_s:.1f} s "
+        f"({totals['runs'] / spent_s:.1f} seeds/s, {virtual_s / spent_s:.1f} simulated s/s): {totals['requests']} "
+        f"requests, {totals['answers']} answers ({totals['errors']} errors), {totals['checks']} checks of Cover, "
+        f"{totals['steps']} steps"
+    )
+    print("faults and verbs: " + ", ".join(f"{kind} {count}" for kind, count in sorted(faults.items())))
+    return 1 if totals["failed"] else 0
+
+
+def report(outcome: Outcome, lines: int = 60) -> None:
+    """What a person needs to understand a failing seed."""
+    print(f"\nseed {outcome.seed} FAILED: {outcome.violation}")
+    for line in outcome.trace[-lines:]:
+        print(f"  {line}")
+    print(f"replay: python -m tests.sim --seeds 1 --start {outcome.seed} --verbose\n", flush=True)
