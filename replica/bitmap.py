@@ -28,6 +28,12 @@ _PARTIAL, _WHOLE = 0, 1
 _SEED = struct.Struct("<QQ")
 
 
+def blocks_of(offset: int, length: int) -> tuple[int, int]:
+    """(first, count) of the blocks that `length` > 0 bytes from `offset` on touch: rounds outward."""
+    first = offset >> BLOCK_SHIFT
+    return first, ((offset + length - 1) >> BLOCK_SHIFT) - first + 1
+
+
 def sectors_for(blocks: int) -> int:
     """Number of 512-byte disk sectors that hold the bits of `blocks` blocks."""
     return -(-blocks // SECTOR_BITS)
@@ -187,8 +193,7 @@ class Bitmap:
     def set_bytes(self, offset: int, length: int) -> None:
         """Make every block that the bytes touch dirty (rounds outward)."""
         if length > 0:
-            first = offset >> BLOCK_SHIFT
-            self.set_range(first, ((offset + length - 1) >> BLOCK_SHIFT) - first + 1)
+            self.set_range(*blocks_of(offset, length))
 
     def has(self, block: int) -> bool:
         """Is this block dirty?"""

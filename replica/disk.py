@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from replica import config as cfg
 from replica.activity_log import EXTENT_SHIFT, ActivityLog
-from replica.bitmap import BLOCK_SHIFT, BLOCK_SIZE, Bitmap
+from replica.bitmap import Bitmap
 from replica.errors import ReplicaError
 from replica.metadata import Metadata
 from replica.runtime import ClosableMetadataFile, Runtime
@@ -43,7 +43,7 @@ async def open_disk(config: cfg.Config, resource: cfg.Resource, runtime: Runtime
         metadata_file.close()
         raise
     superblock = metadata.superblock
-    bitmap = Bitmap((superblock.size_bytes + BLOCK_SIZE - 1) >> BLOCK_SHIFT)
+    bitmap = Bitmap(superblock.blocks)
     disk = LocalDisk(metadata, metadata_file, store, bitmap, ActivityLog(superblock.al_slots))
     try:
         await metadata.load_bitmap(bitmap)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from replica import wire
-from replica.bitmap import BLOCK_SHIFT, BLOCK_SIZE, Bitmap
+from replica.bitmap import BLOCK_SHIFT, BLOCK_SIZE, Bitmap, blocks_of
 from replica.link import PeerLink
 from replica.range_lock import RangeLocks
 from replica.store import Store
@@ -152,8 +152,7 @@ class SyncSource:
     def _settle(self, start: int, stop: int) -> None:
         """[start, stop) was sent: the next checkpoint, due now or later, is to clear its bits."""
         if start < stop:
-            first = start >> BLOCK_SHIFT
-            self._sent.append((first, ((stop - 1) >> BLOCK_SHIFT) - first + 1))
+            self._sent.append(blocks_of(start, stop - start))
         if self._sent_bytes >= CHECKPOINT_BYTES or asyncio.get_running_loop().time() >= self._checkpoint_due_s:
             self._checkpoint()
 
@@ -247,8 +246,7 @@ class SyncTarget:
         self._link.send(wire.SYNC_FLUSHED, sequence=sequence)
 
     def _note(self, offset: int, length: int) -> None:
-        first = offset >> BLOCK_SHIFT
-        self._applied.append((first, ((offset + length - 1) >> BLOCK_SHIFT) - first + 1))
+        self._applied.append(blocks_of(offset, length))
 
     def _check(self, offset: int, length: int) -> None:
         if not length or offset + length > self._store.size_bytes:

@@ -30,7 +30,7 @@ from nbdserver.export import NO_ERRORS, WriteDone
 from replica import wire
 from replica.activity_log import EXTENT_SHIFT, ActivityLog
 from replica.admission import Admission
-from replica.bitmap import BLOCK_SHIFT, Bitmap
+from replica.bitmap import BLOCK_SHIFT, Bitmap, blocks_of
 from replica.group_commit import GroupCommit
 from replica.link import PeerLink
 from replica.metadata import Metadata
@@ -310,18 +310,18 @@ class Volume:
         remotely: Callable[[], "asyncio.Future[bool]"],
     ) -> bool:
         """The change itself, on both nodes at once. True when the peer has done it too."""
-        first, last = offset >> BLOCK_SHIFT, (offset + length - 1) >> BLOCK_SHIFT
+        blocks = blocks_of(offset, length)
         asked: asyncio.Future[bool] | None = None
         if self._link is not None:
-            self._unsettled.note(first, last - first + 1)
+            self._unsettled.note(*blocks)
             asked = remotely()
         else:
-            self.bitmap.set_range(first, last - first + 1)
+            self.bitmap.set_range(*blocks)
         self._count_unflushed(length)
         try:
             await locally()
         except OSError as error:
-            self.bitmap.set_range(first, last - first + 1)
+            self.bitmap.set_range(*blocks)
             self._disk_failed(error)
             raise
         finally:

@@ -73,11 +73,8 @@ def proxied(libnbd: Any, new_cluster: Callable[..., Cluster]) -> Iterator[tuple[
         yield cluster.up(), proxy
 
 
-def test_a_bit_that_flips_on_the_wire_is_noticed(proxied: tuple[Cluster, Proxy]) -> None:
-    cluster, proxy = proxied
-    node1, node2 = cluster.nodes
-    marker = b"\xa5precious data\x5a" * 64
-    spoiled: list[int] = []
+def flip_first(marker: bytes, spoiled: list[int]) -> Callable[[bytes], bytes]:
+    """Flips one bit of the first `marker` that comes by, and notes in `spoiled` where."""
 
     def flip_once(data: bytes) -> bytes:
         at = data.find(marker)
@@ -86,7 +83,15 @@ def test_a_bit_that_flips_on_the_wire_is_noticed(proxied: tuple[Cluster, Proxy])
         spoiled.append(at)
         return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
-    proxy.spoil = flip_once
+    return flip_once
+
+
+def test_a_bit_that_flips_on_the_wire_is_noticed(proxied: tuple[Cluster, Proxy]) -> None:
+    cluster, proxy = proxied
+    node1, node2 = cluster.nodes
+    marker = b"\xa5precious data\x5a" * 64
+    spoiled: list[int] = []
+    proxy.spoil = flip_first(marker, spoiled)
     node1.write(64 * 4096, marker + bytes(4096 - len(marker)))
     assert spoiled
     cluster.wait_in_sync()
@@ -102,15 +107,7 @@ def test_a_bit_that_flips_in_a_resync_is_noticed(proxied: tuple[Cluster, Proxy])
     node2.ctl("disconnect")
     node1.write(0, marker * 64)
     spoiled: list[int] = []
-
-    def flip_once(data: bytes) -> bytes:
-        at = data.find(marker)
-        if at < 0 or spoiled:
-            return data
-        spoiled.append(at)
-        return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
-
-    proxy.spoil = flip_once
+    proxy.spoil = flip_first(marker, spoiled)
     node2.ctl("connect")
     cluster.wait_in_sync()
     assert spoiled
