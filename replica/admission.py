@@ -228,9 +228,23 @@ class Admission:
         """The activity log cannot be written: what waits, or comes later, can never begin."""
         self.failure = error
         self._volume.report_failure(error)
-        waiting, self._waiting = self._waiting, []
-        for work in waiting:
+        for work in self._refuse_turns(error):
             if work.told is not None:
                 work.told(errno.EIO)
-            elif work.turn is not None and not work.turn.done():
+
+    def hand_over(self) -> list[tuple[int, memoryview, Callable[[int], None]]]:
+        """Let nothing begin any more. The writes that wait: (offset, data, whom to tell); other changes fail."""
+        self.failure = self.failure or OSError(errno.EIO, "the disk has failed and is no longer used")
+        return [
+            (work.start, work.data, work.told)
+            for work in self._refuse_turns(self.failure)
+            if work.data is not None and work.told is not None
+        ]
+
+    def _refuse_turns(self, error: OSError) -> list[_Waiting]:
+        """Empty the queue; its writes are returned, the other changes get the error."""
+        waiting, self._waiting = self._waiting, []
+        for work in waiting:
+            if work.turn is not None and not work.turn.done():
                 work.turn.set_exception(error)
+        return waiting

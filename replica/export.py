@@ -1,10 +1,28 @@
-"""The NBD export of a resource: open on the Primary only, backed by the volume."""
+"""The NBD export of a resource: open on the Primary only, backed by this node's volume or the peer's."""
 
 import errno
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol, TypeVar
 
 from nbdserver.export import Export, ExportClient, WriteDone
-from replica.volume import Volume
+
+T = TypeVar("T")
+
+
+class Served(Protocol):
+    """A volume as clients use it: this node's (`replica.volume`), or the peer's (`replica.peer_volume`)."""
+
+    def write_batch(self, writes: Sequence[tuple[int, memoryview]], done: WriteDone) -> bool: ...
+
+    def read_now(self, offset: int, length: int) -> bytes | None: ...
+
+    async def read(self, offset: int, length: int) -> bytes: ...
+
+    async def write_durable(self, offset: int, data: bytes) -> None: ...
+
+    async def zero(self, offset: int, length: int, punch: bool) -> None: ...
+
+    async def flush(self) -> None: ...
 
 
 class ResourceExport(Export):
@@ -15,18 +33,21 @@ class ResourceExport(Export):
     size_bytes: int
     read_only: bool
 
-    def __init__(self, name: str, size_bytes: int, refuse: Callable[[], str | None]) -> None:
+    def __init__(
+        self, name: str, size_bytes: int, refuse: Callable[[], str | None], read_failed: Callable[[OSError], None]
+    ) -> None:
         self.name = name
         self.description = f"Replica resource {name}"
         self.size_bytes = size_bytes
         self.read_only = False
         self.clients: set[ExportClient] = set()
         self._refuse = refuse
-        self._volume: Volume | None = None
+        self._read_failed = read_failed
+        self._served: Served | None = None
 
-    def serve(self, volume: Volume | None) -> None:
-        """Serve this volume (on becoming Primary), or none."""
-        self._volume = volume
+    def serve(self, source: Served | None) -> None:
+        """Serve this volume (on becoming Primary), or none. What is under way in the one before goes on with it."""
+        self._served = source
 
     def refusal(self) -> str | None:
         """Why the export cannot be opened now."""
@@ -42,36 +63,67 @@ class ResourceExport(Export):
 
     def write_batch(self, writes: Sequence[tuple[int, memoryview]], done: WriteDone) -> bool:
         """Hand the batch to the volume."""
-        if self._volume is None:
+        if self._served is None:
             done(dict.fromkeys(range(len(writes)), errno.ESHUTDOWN))
             return False
-        return self._volume.write_batch(writes, done)
+        return self._served.write_batch(writes, done)
 
     def read_now(self, offset: int, length: int) -> bytes | None:
         """Read from the local page cache."""
-        return self._serving().store.read_now(offset, length)
+        served = self._serving()
+        try:
+            return served.read_now(offset, length)
+        except OSError as error:
+            self._report(served, error)
+            if served is self._served:
+                raise
+            return None  # `read` asks the copy that is served now
 
     async def read(self, offset: int, length: int) -> bytes:
-        """Read from the local disk."""
-        return await self._serving().store.read(offset, length)
+        """Read from the local disk, or from the peer's if there is none."""
+
+        async def read(served: Served) -> bytes:
+            try:
+                return await served.read(offset, length)
+            except OSError as error:
+                self._report(served, error)
+                raise
+
+        return await self._insist(read)
 
     async def write_durable(self, offset: int, data: bytes) -> None:
         """Write with FUA on every in-sync node."""
-        await self._serving().write_durable(offset, data)
+        await self._insist(lambda served: served.write_durable(offset, data))
 
     async def flush(self) -> None:
         """Flush every in-sync node."""
-        await self._serving().flush()
+        await self._insist(lambda served: served.flush())
 
     async def trim(self, offset: int, length: int) -> None:
         """Deallocate on both nodes; reads as zeroes on both afterwards."""
-        await self._serving().zero(offset, length, True)
+        await self.zero(offset, length, True)
 
     async def zero(self, offset: int, length: int, punch: bool) -> None:
         """Zero on both nodes."""
-        await self._serving().zero(offset, length, punch)
+        await self._insist(lambda served: served.zero(offset, length, punch))
 
-    def _serving(self) -> Volume:
-        if self._volume is None:
+    async def _insist(self, ask: Callable[[Served], Awaitable[T]]) -> T:
+        """The answer of what is served now. When another copy took over meanwhile, the error was not the client's:
+        that one is asked. (The client still waits for its answer, so doing it once more breaks no order.)
+        """
+        while True:
+            served = self._serving()
+            try:
+                return await ask(served)
+            except OSError:
+                if served is self._served:
+                    raise
+
+    def _report(self, served: Served, error: OSError) -> None:
+        if served is self._served:
+            self._read_failed(error)
+
+    def _serving(self) -> Served:
+        if self._served is None:
             raise OSError(errno.ESHUTDOWN, "the resource is no longer Primary on this node")
-        return self._volume
+        return self._served

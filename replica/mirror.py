@@ -5,37 +5,96 @@ in a task and is answered by its own DONE; the Primary keeps overlapping writes 
 here.
 """
 
+import abc
 import asyncio
-import logging
+import errno
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from replica import wire
 from replica.link import PeerLink
 from replica.store import Store
 from replica.tasks import spawn
 
-log = logging.getLogger("replica.mirror")
+
+class SlowChanges(Protocol):
+    """What may block of a store, and of a volume."""
+
+    async def write_durable(self, offset: int, data: bytes) -> None: ...
+
+    async def zero(self, offset: int, length: int, punch: bool) -> None: ...
+
+    async def flush(self) -> None: ...
 
 
-class Mirror:
-    """Handlers of one link's replication frames. Dropped with the link."""
+class Answers(abc.ABC):
+    """Carries out what may block of the peer's frames, each in a task, and answers it with DONE."""
 
-    def __init__(self, link: PeerLink, store: Store, protocol: str, disk_failed: Callable[[OSError], None]) -> None:
+    def __init__(self, link: PeerLink, target: SlowChanges, size_bytes: int, failed: Callable[[OSError], None]) -> None:
         self._link = link
-        self._store = store
-        self._disk_failed = disk_failed
-        self._early_word = protocol == "B"
+        self._target = target
+        self._size_bytes = size_bytes
+        self._failed = failed
         self._tasks: set[asyncio.Task[None]] = set()
-        link.on_writes = self._on_writes
-        link.handlers[wire.WRITE_DURABLE] = self._on_write_durable
-        link.handlers[wire.ZERO] = self._on_zero
-        link.handlers[wire.FLUSH] = self._on_flush
+        self.resume()
+
+    def resume(self) -> None:
+        """Take the peer's frames (again: something else may have taken them meanwhile)."""
+        self._link.on_writes = self._on_writes
+        self._link.handlers[wire.WRITE_DURABLE] = self._on_write_durable
+        self._link.handlers[wire.ZERO] = self._on_zero
+        self._link.handlers[wire.FLUSH] = self._on_flush
 
     async def finished(self) -> None:
         """Return when nothing that this link brought is under way any more (before this node is promoted)."""
-        if self._tasks:
+        while self._tasks:
             await asyncio.wait(self._tasks)
+
+    @abc.abstractmethod
+    def _on_writes(self, writes: Sequence[tuple[int, memoryview]], last: int) -> None:
+        """Plain writes, in order; `last` is the number of the last one."""
+
+    def _on_write_durable(self, flags: int, sequence: int, offset: int, payload: memoryview) -> None:
+        self._check(offset, len(payload))
+        self._start(sequence, self._target.write_durable(offset, bytes(payload)))
+
+    def _on_zero(self, flags: int, sequence: int, offset: int, payload: memoryview) -> None:
+        length = wire.unpack_length(payload)
+        self._check(offset, length)
+        self._start(sequence, self._target.zero(offset, length, bool(flags & wire.FLAG_PUNCH)))
+
+    def _on_flush(self, flags: int, sequence: int, offset: int, payload: memoryview) -> None:
+        self._start(sequence, self._target.flush())
+
+    def _check(self, offset: int, length: int) -> None:
+        if not length or offset + length > self._size_bytes:
+            raise wire.ProtocolError(f"a request for {length} bytes at {offset} is beyond the volume's end.")
+
+    def _start(self, sequence: int, work: Coroutine[Any, Any, None]) -> None:
+        self._run(self._answer(sequence, work))
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        task = spawn(work, "request of the peer")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, sequence: int, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except OSError as error:
+            self._link.send(wire.DONE, flags=wire.FLAG_ERROR, sequence=sequence, offset=error.errno or errno.EIO)
+            self._failed(error)
+        else:
+            self._link.send(wire.DONE, sequence=sequence)
+
+
+class Mirror(Answers):
+    """Handlers of one link's replication frames. Dropped with the link."""
+
+    def __init__(self, link: PeerLink, store: Store, protocol: str, disk_failed: Callable[[OSError], None]) -> None:
+        super().__init__(link, store, store.size_bytes, disk_failed)
+        self._store = store
+        self._early_word = protocol == "B"
 
     def _on_writes(self, writes: Sequence[tuple[int, memoryview]], last: int) -> None:
         if self._early_word:
@@ -47,37 +106,6 @@ class Mirror:
             try:
                 write_now(offset, data)
             except OSError as error:
-                self._disk_failed(error)
+                self._failed(error)
                 return
         self._link.send(wire.APPLIED, sequence=last)
-
-    def _on_write_durable(self, flags: int, sequence: int, offset: int, payload: memoryview) -> None:
-        self._check(offset, len(payload))
-        data = bytes(payload)
-        self._start(sequence, self._store.write_durable(offset, data))
-
-    def _on_zero(self, flags: int, sequence: int, offset: int, payload: memoryview) -> None:
-        length = wire.unpack_length(payload)
-        self._check(offset, length)
-        self._start(sequence, self._store.zero(offset, length, bool(flags & wire.FLAG_PUNCH)))
-
-    def _on_flush(self, flags: int, sequence: int, offset: int, payload: memoryview) -> None:
-        self._start(sequence, self._store.flush())
-
-    def _check(self, offset: int, length: int) -> None:
-        if not length or offset + length > self._store.size_bytes:
-            raise wire.ProtocolError(f"a change of {length} bytes at {offset} is beyond the volume's end.")
-
-    def _start(self, sequence: int, work: Coroutine[Any, Any, None]) -> None:
-        task = spawn(self._answer(sequence, work), "change for the peer")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _answer(self, sequence: int, work: Coroutine[Any, Any, None]) -> None:
-        try:
-            await work
-        except OSError as error:
-            self._link.send(wire.DONE, flags=wire.FLAG_ERROR, sequence=sequence, offset=error.errno or 5)
-            self._disk_failed(error)
-        else:
-            self._link.send(wire.DONE, sequence=sequence)

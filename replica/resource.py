@@ -19,6 +19,7 @@ from replica.export import ResourceExport
 from replica.generation import Side, started_alone
 from replica.link import LinkSettings, PeerLink
 from replica.metadata import Superblock
+from replica.peer_volume import PeerVolume
 from replica.runtime import Runtime
 from replica.session import Session
 from replica.states import SYNCING, Connection, Disk, Replication, Role, State, local_disk
@@ -59,7 +60,11 @@ class Resource:
         self._watchers: set[asyncio.Event] = set()
         self.connector = self._make_connector()
         self.verbs = Verbs(self)
-        self.export = ResourceExport(self.name, 0, self._refuse_clients)
+        self.export = ResourceExport(self.name, 0, self._refuse_clients, self._read_failed)
+        #: What a Primary without a good disk of its own serves its clients from.
+        self.peer_volume: PeerVolume | None = None
+        #: The generation under which the peer, Primary without a disk, has worked through this copy; 0: none.
+        self.served_generation = 0
 
     def _make_connector(self) -> Connector:
         local, peer = self._cfg.local, self._cfg.peer
@@ -124,7 +129,8 @@ class Resource:
         )
         self._attached = (disk, volume)
         self.failed = False
-        self.export.size_bytes = disk.size_bytes
+        if self.peer_volume is None:
+            self.export.size_bytes = disk.size_bytes
         for warning in disk.metadata.warnings:
             log.warning("%s: %s", self.name, warning)
 
@@ -132,7 +138,9 @@ class Resource:
         if self._attached is not None:
             disk, volume = self._attached
             self._attached = None
-            self.export.serve(None)
+            self.failed = False
+            if self.peer_volume is None:
+                self.export.serve(None)
             volume.stop_timer()
             disk.close()
             self.changed()
@@ -177,8 +185,13 @@ class Resource:
             failed=self.failed,
             inconsistent=superblock is not None and superblock.inconsistent,
             outdated=superblock is not None and superblock.outdated,
-            current=self.state.role is Role.PRIMARY or in_touch,
+            current=(self.state.role is Role.PRIMARY and self.peer_volume is None) or in_touch or self.serving_peer,
         )
+
+    @property
+    def serving_peer(self) -> bool:
+        """Whether the peer, Primary without a good disk, works through this copy."""
+        return self._attached is not None and self._attached[1].serving_peer
 
     def side(self) -> Side | None:
         """This copy as the decision table sees it; None without a disk."""
@@ -195,6 +208,7 @@ class Resource:
             promoted_alone=superblock.promoted_alone,
             unbroken=self.unbroken and self.settings.protocol == "C",
             is_primary=self.state.role is Role.PRIMARY,
+            attaching=self.peer_volume is not None,
             dirty=self.disk.bitmap.count,
             discard=self.discard_my_data,
         )
@@ -284,12 +298,69 @@ class Resource:
         superblock = disk.metadata.superblock
         superblock.inconsistent = True
         self._background(self._record_failure(disk))
-        # A Primary that is about to be, or is, source of a resync as well: what its disk still gives must not be taken
-        # for a good copy (found by the simulator).
-        in_step = self.state.replication is Replication.ESTABLISHED
-        if self.link is not None and (self.state.role is Role.SECONDARY or not in_step):
+        if self.peer_can_serve:
+            self.work_through_peer(volume)
+        elif self.link is not None:
+            # A Primary that is about to be, or is, source of a resync as well: what its disk still gives must not be
+            # taken for a good copy (found by the simulator). One that worked through its peer does so on a new link.
             self.link.refuse(f"the disk of {self.node_name} failed ({error.strerror or error}).")
         self.changed()
+
+    def _read_failed(self, error: OSError) -> None:
+        """The disk could not give what a client wanted to read. Elsewhere it may still be good: it is only given up
+        when that costs nothing.
+        """
+        if self.peer_can_serve:
+            self.disk_failed(error)
+
+    @property
+    def peer_can_serve(self) -> bool:
+        """Whether this node is Primary, and its peer has everything that clients have been told."""
+        in_step = self.state.role is Role.PRIMARY and self.state.replication is Replication.ESTABLISHED
+        return in_step and self.link is not None and self.session is not None and self.peer_volume is None
+
+    def work_through_peer(self, volume: Volume | None = None) -> PeerVolume:
+        """Serve clients from the peer's copy; `volume`: of the disk that has to be done without from now on."""
+        assert self.link is not None and self.session is not None
+        peer_volume = self.peer_volume = PeerVolume(self.settings.timeout_s)
+        self.export.serve(peer_volume)
+        if volume is not None:
+            volume.stop_timer()
+            peer_volume.adopt(self.link, volume.hand_over())
+            self.state.change(replication=Replication.OFF)
+        self.session.ask_to_serve()
+        log.warning("%s: %s works through the disk of %s", self.name, self.node_name, self.peer_name)
+        return peer_volume
+
+    async def lead(self, link: PeerLink | None) -> None:
+        """A Primary that worked through its peer has a good copy of its own again: clients are served from that."""
+        volume, superblock = self.volume, self.superblock
+        superblock.primary = True
+        superblock.promoted_alone = False
+        await self.save()
+        peer_volume, self.peer_volume = self.peer_volume, None
+        if peer_volume is None or not self.attached:
+            self.peer_volume = peer_volume
+            return
+        if link is not None:
+            volume.start_mirroring(link)
+        volume.start_timer()
+        self.export.serve(volume)
+        peer_volume.hand_back(volume)
+        log.info("%s: %s works with its own disk again", self.name, self.node_name)
+        self.changed()
+
+    async def _lead_alone(self) -> None:
+        try:
+            await self.lead(None)
+        except OSError as error:
+            self.disk_failed(error)
+
+    def reject_disk(self, reason: str) -> None:
+        """The disk that was attached does not fit: go on without it, through the peer."""
+        log.error("%s: the attached disk is not used: %s", self.name, reason)
+        self.release_disk()
+        self.state.change(last_error=reason)
 
     async def _record_failure(self, disk: LocalDisk) -> None:
         with contextlib.suppress(OSError):
@@ -313,9 +384,14 @@ class Resource:
             self._background(session.finished())
         if self._attached is not None:
             self._attached[1].stop_mirroring()
-            if self.state.role is Role.PRIMARY and self.disk.bitmap.count:
+            if self.state.role is Role.PRIMARY and self.disk.bitmap.count and self.peer_volume is None:
                 # The peer may have lost what it had not flushed, under the same generation.
                 self.superblock.ahead = True
+        if self.peer_volume is not None:
+            self.peer_volume.link_lost()
+            if self.attached and self.state.replication is Replication.ESTABLISHED:
+                # The resync was complete: this copy has everything that was answered.
+                self._background(self._lead_alone())
         self.progress = None
         changes: dict[str, Any] = {
             "replication": Replication.OFF,

@@ -222,13 +222,11 @@ class SyncTarget:
         self._start(self._flush(sequence, applied))
 
     async def _make_hole(self, sequence: int, offset: int, length: int) -> None:
-        """Deallocate only where there is data: a target that is sparse already stays untouched."""
-        position, stop = offset, offset + length
+        """Deallocate, even where this disk seems to have a hole already: after a failed flush its page cache may show
+        one that the disk does not have (found by the simulator).
+        """
         try:
-            while position < stop:
-                start, position = await self._store.next_data(position, stop)
-                if start < position:
-                    await self._store.zero(start, position - start, True)
+            await self._store.zero(offset, length, True)
         except OSError as error:
             self._disk_failed(error)
             return

@@ -29,6 +29,7 @@ from replica.generation import (
 from replica.link import LinkLost, PeerLink
 from replica.mirror import Mirror
 from replica.resync import SyncSource, SyncTarget
+from replica.stand_in import StandIn
 from replica.states import Disk, Replication, Role
 from replica.tasks import spawn
 
@@ -47,6 +48,10 @@ class Refusal(ReplicaError):
     """The two nodes cannot work together as they are; the link goes StandAlone until an operator decides."""
 
 
+class DiskRejected(ReplicaError):
+    """The disk that a Primary attached, while it works through its peer, does not fit: it goes on without it."""
+
+
 class Session:
     """One link's handshake, replication and resync."""
 
@@ -55,7 +60,8 @@ class Session:
         self._link = link
         self._mirror: Mirror | None = None
         self._source: SyncSource | None = None
-        self._target: SyncTarget | None = None
+        self.target: SyncTarget | None = None
+        self._stand_in = StandIn(resource, self, link)
         self._peer_paused = False
         self._updated = False
         self._parting = ""
@@ -76,10 +82,10 @@ class Session:
         """Return when nothing this session started can change the disk or its records any more."""
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait([self._task])
-        if self._mirror is not None:
-            await self._mirror.finished()
-        if self._target is not None:
-            await self._target.finished()
+        await self._stand_in.finished()
+        await self.mirror_finished()
+        if self.target is not None:
+            await self.target.finished()
 
     async def _run(self) -> None:
         try:
@@ -87,10 +93,16 @@ class Session:
                 await self._handshake()
             if self._source is not None:
                 await self._run_source(self._source)
-            elif self._target is not None:
-                await self._run_target(self._target)
+            elif self.target is not None:
+                await self._run_target(self.target)
+            if self._resource.peer_volume is not None and self._resource.state.replication is Replication.ESTABLISHED:
+                await self._stand_in.take_lead()
         except LinkLost:
             pass
+        except DiskRejected as rejection:
+            if self._resource.peer_volume is not None and self._resource.attached:
+                self._resource.reject_disk(str(rejection))
+            self._link.refuse(str(rejection))
         except Refusal as refusal:
             await self._part(str(refusal))
         except TimeoutError:
@@ -123,16 +135,21 @@ class Session:
         # What an earlier link brought may still be on its way to the disk in a thread: it must not land later.
         await resource.past_finished()
         mine = resource.side()
-        link.send_map(wire.STATE, {**resource.facts(), "side": _side_as_map(mine)})
+        link.send_map(wire.STATE, {**resource.facts(), "ran_on": resource.unbroken, "side": _side_as_map(mine)})
         _, _, _, payload = await link.receive(wire.STATE)
         message = wire.unpack_map(payload)
         if not self._updated:
             # An UPDATE is taken when it arrives, so it can be seen before the older STATE that waited for us.
             self._take_facts(message)
         peer = _side_from_map(resource.peer_name, message.get("side"))
+        ran_on = wire.field(message, "ran_on", bool)
         if mine is None or peer is None:
             resource.state.change(replication=Replication.OFF)
+            if peer is not None and self._stand_in.may_go_on(peer, ran_on):
+                self.ask_to_serve()
             return
+        if mine.attaching and not self._stand_in.may_go_on(peer, ran_on):
+            raise DiskRejected(resource.state.last_error)
         if mine.size_bytes != peer.size_bytes:
             raise Refusal(
                 f"the volume has {mine.size_bytes} bytes on {mine.node} and {peer.size_bytes} on {peer.node}: make "
@@ -141,7 +158,7 @@ class Session:
         verdict = decide(mine, peer)
         log.info("%s: %s", resource.name, verdict.reason)
         if verdict.kind in (Kind.SPLIT_BRAIN, Kind.UNRELATED, Kind.REFUSED):
-            raise Refusal(verdict.reason)
+            raise DiskRejected(verdict.reason) if mine.attaching or peer.attaching else Refusal(verdict.reason)
         resource.discard_my_data = False
         if verdict.kind in (Kind.BOTH_NEW, Kind.NO_GOOD_COPY):
             resource.state.change(replication=Replication.OFF, last_error=verdict.reason)
@@ -161,16 +178,35 @@ class Session:
 
     def _establish(self) -> None:
         """Both copies are the same from here on; each node gets the other's writes."""
-        self._start_mirror()
+        self.start_mirror()
         self._resource.unbroken = True
         self._resource.volume.alone_recorded = False
-        self._resource.volume.start_mirroring(self._link)
+        if self._resource.peer_volume is None:  # else once this node leads again
+            self._resource.volume.start_mirroring(self._link)
         self._resource.state.change(replication=Replication.ESTABLISHED, peer_disk=Disk.UP_TO_DATE)
 
-    def _start_mirror(self) -> None:
+    def ask_to_serve(self) -> None:
+        """This node is Primary and has no good disk: the peer shall stand in."""
+        self._stand_in.ask()
+
+    async def leave_peer_volume(self) -> None:
+        """This node is to be Primary no more: end the peer's standing in. LinkLost, OSError."""
+        await self._stand_in.leave()
+
+    async def mirror_finished(self) -> None:
+        """Return when no change that the peer sent here is under way."""
+        if self._mirror is not None:
+            await self._mirror.finished()
+
+    def start_mirror(self) -> None:
+        """Take the peer's writes, from now on (unless they come through the volume)."""
+        if self._stand_in.serving:
+            return
         if self._mirror is None:
             protocol, failed = self._resource.settings.protocol, self._resource.disk_failed
             self._mirror = Mirror(self._link, self._resource.disk.store, protocol, failed)
+        else:
+            self._mirror.resume()
 
     async def _exchange_bitmaps(self) -> None:
         """Afterwards both nodes have both bitmaps OR-ed. (What the source's clients write meanwhile is marked only
@@ -280,7 +316,7 @@ class Session:
         await source.run()
         await self._count_peer_in()
         # From SYNC_DONE on the peer may be promoted, and then its writes come here.
-        self._start_mirror()
+        self.start_mirror()
         self._link.send_map(wire.SYNC_FINISH, {})
         await self._link.receive(wire.SYNC_DONE)
         await self._clear_bitmap()
@@ -301,7 +337,7 @@ class Session:
 
     async def _be_target(self, verdict: Verdict) -> None:
         resource = self._resource
-        if resource.state.role is Role.PRIMARY:
+        if resource.state.role is Role.PRIMARY and resource.peer_volume is None:
             raise Refusal(
                 f"{resource.node_name} is Primary and its copy is older than {resource.peer_name}'s: demote it first."
             )
@@ -325,12 +361,14 @@ class Session:
             await resource.disk.metadata.set_all_bits(resource.disk.bitmap)
         else:
             await resource.save()
-        self._start_mirror()
-        self._target = SyncTarget(self._link, resource.disk.store, resource.disk.bitmap, resource.disk_failed)
+        self.start_mirror()
+        self.target = SyncTarget(self._link, resource.disk.store, resource.disk.bitmap, resource.disk_failed)
         self._offered = offered
         resource.begin_sync(Replication.SYNC_TARGET)
         self.apply_pause()
         self._link.send(wire.SYNC_READY)
+        if resource.peer_volume is not None:
+            self.ask_to_serve()
 
     async def _run_target(self, target: SyncTarget) -> None:
         resource = self._resource
@@ -388,8 +426,11 @@ class Session:
         reply: dict[str, Any] = {"ok": True}
         try:
             await self._resource.verbs.asked_by_peer(operation)
-        except (ReplicaError, OSError) as error:
+        except ReplicaError as error:
             reply = {"error": str(error)}
+        except OSError as error:
+            self._resource.disk_failed(error)
+            reply = {"error": f"the disk of {self._resource.node_name} failed ({error.strerror or error})."}
         self._link.send(wire.REPLY, wire.pack_map(reply), sequence=sequence)
 
 
@@ -409,6 +450,7 @@ def _side_as_map(side: Side | None) -> dict[str, Any] | None:
         "promoted_alone": side.promoted_alone,
         "unbroken": side.unbroken,
         "is_primary": side.is_primary,
+        "attaching": side.attaching,
         "dirty": side.dirty,
         "discard": side.discard,
     }
@@ -423,7 +465,16 @@ def _side_from_map(node: str, message: Any) -> Side | None:
         raise wire.ProtocolError("the peer's bitmap has another block size: update the older node.")
     flags = {
         name: wire.field(message, name, bool)
-        for name in ("just_created", "inconsistent", "ahead", "promoted_alone", "unbroken", "is_primary", "discard")
+        for name in (
+            "just_created",
+            "inconsistent",
+            "ahead",
+            "promoted_alone",
+            "unbroken",
+            "is_primary",
+            "attaching",
+            "discard",
+        )
     }
     return Side(
         node=node,

@@ -75,7 +75,7 @@ REPLICATION_CHANGES: Final = {
         Replication.SYNC_TARGET: "the peer's copy is newer",
         Replication.OFF: "link lost, a node without disk, or no good copy on either side",
     },
-    Replication.ESTABLISHED: {Replication.OFF: "link lost"},
+    Replication.ESTABLISHED: {Replication.OFF: "link lost, or the Primary's disk failed or was detached"},
     Replication.SYNC_SOURCE: {
         Replication.ESTABLISHED: "nothing is dirty any more and the peer has recorded it",
         Replication.PAUSED_SYNC_S: "pause-sync on either node",

@@ -47,6 +47,7 @@ def _volume(resource: "Resource") -> dict[str, Any]:
         "peer_disk": str(resource.state.peer_disk),
         "size_bytes": resource.export.size_bytes,
         "backing": str(resource.settings.backing),
+        "through_peer": resource.peer_volume is not None,
         "out_of_sync_bytes": 0,
         "generations": None,
         "activity_log": None,

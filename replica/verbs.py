@@ -5,6 +5,8 @@ same copy never interleave. A verb that cannot be carried out raises `Refused` w
 """
 
 import asyncio
+import contextlib
+import errno
 import logging
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final
@@ -43,6 +45,8 @@ class Verbs:
         resource = self._resource
         if resource.state.role is Role.PRIMARY:
             return
+        if not force and self._needs_peer() and await self._promote_through_peer():
+            return
         self._check_promotable(force)
         if resource.link is not None:
             await self._ask_peer("promote")
@@ -54,6 +58,9 @@ class Verbs:
             superblock.generations = started_alone(superblock.generations, resource.new_generation())
             superblock.inconsistent = superblock.just_created = False
             superblock.peers[0].outdated = True
+        elif resource.served_generation == superblock.generations.current and not volume.mirroring:
+            # The peer, Primary without a disk, has seen this generation and must not take what comes now for it.
+            superblock.generations = started_alone(superblock.generations, resource.new_generation())
         superblock.outdated = False
         superblock.primary = True
         # The peer may come back having lost what is durable here by now, and must not win by its crash.
@@ -69,15 +76,42 @@ class Verbs:
         if anew:
             resource.renegotiate(f"{self._node} was promoted with --force.")
 
+    def _needs_peer(self) -> bool:
+        """Whether this node has no good disk of its own, and a connected peer that has one."""
+        resource, state = self._resource, self._resource.state
+        syncing = state.replication in (Replication.SYNC_TARGET, Replication.PAUSED_SYNC_T)
+        good_there = state.peer_disk in (Disk.UP_TO_DATE, Disk.CONSISTENT)
+        return good_there and (not resource.attached or syncing) and resource.export.size_bytes > 0
+
+    async def _promote_through_peer(self) -> bool:
+        """Serve clients from the peer's copy; False when that is not needed any more."""
+        resource = self._resource
+        self._refuse_second_primary()
+        await self._ask_peer("promote")
+        await resource.past_finished()
+        if resource.link is None:
+            raise Refused(f"the connection to {self._peer}, which has the only good copy, was lost: try again.")
+        if not self._needs_peer():
+            return False  # the resync was completed meanwhile
+        peer_volume = resource.work_through_peer()
+        resource.state.change(role=Role.PRIMARY)
+        await peer_volume.decided.wait()
+        if not peer_volume.open:
+            why = resource.state.last_error or f"{self._peer} did not answer"
+            await self._demote(force=True)
+            raise Refused(f"{self._name} cannot be served from the disk of {self._peer}: {why}")
+        log.info("%s: %s is Primary", self._name, self._node)
+        return True
+
     def _check_promotable(self, force: bool) -> None:
         name, node, peer, state = self._name, self._node, self._peer, self._resource.state
         disk = self._resource.disk_state
-        if state.peer_role is Role.PRIMARY:
-            raise Refused(
-                f"{name} is Primary on {peer}: demote it there first, or run `replicactl takeover {name}` here."
-            )
+        self._refuse_second_primary()
         if disk in (Disk.DISKLESS, Disk.FAILED):
-            raise Refused(f"{name} has no usable disk on {node} ({disk}): attach one first.")
+            raise Refused(
+                f"{name} has no usable disk on {node} ({disk}), and no connected peer with a good one: attach a disk, "
+                f"or connect to {peer}."
+            )
         if state.replication in (Replication.SYNC_TARGET, Replication.PAUSED_SYNC_T):
             raise Refused(f"{name} is being resynced from {peer}: wait for it with `replicactl wait-sync {name}`.")
         if force:
@@ -98,6 +132,13 @@ class Verbs:
                 f"data with `replicactl promote --force {name}`."
             )
 
+    def _refuse_second_primary(self) -> None:
+        if self._resource.state.peer_role is Role.PRIMARY:
+            raise Refused(
+                f"{self._name} is Primary on {self._peer}: demote it there first, or run `replicactl takeover "
+                f"{self._name}` here."
+            )
+
     async def demote(self, *, force: bool = False) -> None:
         """Become Secondary: finish what clients asked for, flush both sides, empty the activity log."""
         async with self._resource.admin:
@@ -116,19 +157,39 @@ class Verbs:
         resource.demoting = True
         try:
             await asyncio.gather(*(client.drain() for client in list(resource.export.clients)))
-            superblock, volume = resource.superblock, resource.volume
-            volume.stop_timer()
-            if not resource.failed:
-                await volume.empty_activity_log()
-            superblock.primary = False
-            # Alone without a new generation, and yet the peer may have lost what it had not flushed.
-            superblock.ahead = superblock.ahead or (not volume.mirroring and resource.disk.bitmap.count > 0)
-            await resource.save()
+            if resource.peer_volume is not None:
+                await self._leave_peer_volume()
+            else:
+                await self._leave_volume()
             resource.export.serve(None)
             resource.state.change(role=Role.SECONDARY)
             log.info("%s: %s is Secondary", self._name, self._node)
         finally:
             resource.demoting = False
+
+    async def _leave_volume(self) -> None:
+        resource = self._resource
+        superblock, volume = resource.superblock, resource.volume
+        volume.stop_timer()
+        if not resource.failed:
+            await volume.empty_activity_log()
+        superblock.primary = False
+        # Alone without a new generation, and yet the peer may have lost what it had not flushed.
+        superblock.ahead = superblock.ahead or (not volume.mirroring and resource.disk.bitmap.count > 0)
+        await resource.save()
+
+    async def _leave_peer_volume(self) -> None:
+        resource = self._resource
+        if resource.session is not None:
+            with contextlib.suppress(LinkLost, OSError):
+                await resource.session.leave_peer_volume()
+        await resource.past_finished()
+        if resource.peer_volume is None:
+            # The local copy has taken over just now.
+            await self._leave_volume()
+            return
+        resource.peer_volume.fail()
+        resource.peer_volume = None
 
     async def takeover(self) -> None:
         """Graceful switchover: the peer drains, flushes and demotes; this node is promoted."""
@@ -136,7 +197,8 @@ class Verbs:
             state = self._resource.state
             if state.role is Role.PRIMARY:
                 return
-            if state.replication is not Replication.ESTABLISHED:
+            one_disk = self._resource.serving_peer or self._needs_peer()
+            if state.replication is not Replication.ESTABLISHED and not one_disk:
                 raise Refused(
                     f"{self._name} can be taken over only while both copies are in sync, and it is "
                     f"{state.connection}/{state.replication}: run `replicactl wait-sync {self._name}`, or "
@@ -164,6 +226,7 @@ class Verbs:
     async def disconnect(self) -> None:
         """Go StandAlone."""
         state = self._resource.state
+        self._refuse_to_part("disconnected")
         if state.connection is not Connection.STAND_ALONE:
             state.change(connection=Connection.STAND_ALONE, last_error="")
         self._resource.connector.disconnect(f"{self._node} was told to disconnect.")
@@ -179,22 +242,64 @@ class Verbs:
         async with self._resource.admin:
             if self._resource.attached:
                 raise Refused(f"{self._name} already has its disk on {self._node}.")
+            if self._resource.state.role is Role.PRIMARY and self._resource.peer_volume is None:
+                raise Refused(
+                    f"{self._node} is Primary, its disk has failed and {self._peer} could not stand in: let the "
+                    f"clients go and run `replicactl demote --force {self._name}` first."
+                )
             await self._resource.past_finished()
             self._resource.release_disk()
             await self._resource.attach_disk()
             self._resource.renegotiate(f"{self._node} attached its disk.")
 
     async def detach(self) -> None:
-        """Stop using the local disk (to replace it, say)."""
-        async with self._resource.admin:
-            if self._resource.state.role is Role.PRIMARY:
-                raise Refused(
-                    f"{self._name} is Primary on {self._node} and serves from this disk: run `replicactl takeover "
-                    f"{self._name}` on {self._peer} first."
-                )
-            self._resource.renegotiate(f"{self._node} detached its disk.")
-            await self._resource.past_finished()
-            self._resource.release_disk()
+        """Stop using the local disk (to replace it, say). A Primary goes on through its peer."""
+        resource = self._resource
+        async with resource.admin:
+            if resource.serving_peer:
+                self._refuse_to_part("detached")
+            if resource.state.role is Role.PRIMARY and resource.attached and resource.peer_volume is None:
+                await self._detach_from_primary()
+            else:
+                resource.renegotiate(f"{self._node} detached its disk.")
+            await resource.past_finished()
+            resource.release_disk()
+
+    async def _detach_from_primary(self) -> None:
+        resource = self._resource
+        if not resource.peer_can_serve:
+            raise Refused(
+                f"{self._name} is Primary on {self._node} and {self._peer} is not in sync: wait for it with "
+                f"`replicactl wait-sync {self._name}`."
+            )
+        disk, volume = resource.disk, resource.volume
+        volume.abandon_store(OSError(errno.ENODEV, "the disk was detached"))
+        peer_volume = resource.work_through_peer(volume)
+        await peer_volume.decided.wait()
+        await volume.quiet()
+        if not peer_volume.open:
+            log.error("%s: the disk is detached, and %s does not serve instead", self._name, self._peer)
+            return
+        # The peer flushed before it began; flushed here as well, this copy lacks only what is written from now on.
+        superblock = disk.metadata.superblock
+        superblock.primary = False
+        await disk.store.flush()
+        await disk.metadata.save_bitmap(disk.bitmap)
+        await resource.save()
+        await disk.metadata.save_activity_log(())
+
+    def _refuse_to_part(self, what: str) -> None:
+        resource = self._resource
+        if resource.serving_peer:
+            raise Refused(
+                f"{self._peer} is Primary and works through the disk of {self._node}, which cannot be {what} now: "
+                f"attach a disk there, or run `replicactl takeover {self._name}` here."
+            )
+        if resource.peer_volume is not None and resource.peer_volume.open:
+            raise Refused(
+                f"{self._node} is Primary and works through the disk of {self._peer}, which cannot be {what} now: "
+                f"attach a disk here, or run `replicactl takeover {self._name}` there."
+            )
 
     async def invalidate(self) -> None:
         """Declare the local copy bad: it is fetched in full from the peer."""
@@ -230,6 +335,7 @@ class Verbs:
                 raise Refused(f"{self._name} is Primary on {self._node}: its copy is the newest there is.")
             if state.replication is Replication.ESTABLISHED:
                 raise Refused(f"{self._name} is in sync with {self._peer}: disconnect it before it can be outdated.")
+            self._refuse_to_part("outdated")
             self._resource.superblock.outdated = True
             await self._resource.save()
             self._resource.changed()

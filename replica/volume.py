@@ -49,6 +49,19 @@ _SETTLE_WRITES: Final = 1 << 16
 
 
 @dataclass(frozen=True)
+class HandedOver:
+    """What waits in a volume whose disk is no longer used: `replica.peer_volume` goes on with it.
+
+    The volume still adds to `in_flight` the batch that it was writing when the disk failed.
+    """
+
+    sequence: int
+    in_flight: "collections.deque[tuple[int, _Answer]]"
+    asked: "dict[int, asyncio.Future[bool]]"
+    waiting: list[tuple[int, memoryview, Callable[[int], None]]]
+
+
+@dataclass(frozen=True)
 class VolumeSettings:
     """What the data path needs to know of the configuration."""
 
@@ -71,7 +84,7 @@ class Volume:
         disk_failed: Callable[[OSError], None],
     ) -> None:
         self.settings = settings
-        self.store = store
+        self.size_bytes = store.size_bytes
         self.metadata = metadata
         self.bitmap = bitmap
         self.activity_log = activity_log
@@ -81,8 +94,12 @@ class Volume:
         #: interleave, or `alone_recorded` and the superblock end up telling different stories (found by the simulator).
         self.membership = asyncio.Lock()
         self.admission = Admission(self)
+        #: The peer, Primary without a good disk, works through this volume (replica.peer_service).
+        self.serving_peer = False
+        self._handed_over = False
         self._record_alone = record_alone
         self._disk_failed = disk_failed
+        self._use(store)
         self._link: PeerLink | None = None
         self._sequence = 0
         self._in_flight: collections.deque[tuple[int, _Answer]] = collections.deque()
@@ -96,6 +113,12 @@ class Volume:
         self._held: list[_Answer] = []
         self._recording: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+
+    def _use(self, store: Store) -> None:
+        self.store = store
+        # Reads need nothing of the volume.
+        self.read_now = store.read_now
+        self.read = store.read
 
     # ── what the node is doing ───────────────────────────────────────────────────────────────────────────────
 
@@ -116,6 +139,8 @@ class Volume:
     def stop_mirroring(self) -> None:
         """The link is gone. What the peer may lack becomes dirty; what waited for it waits for the record instead."""
         self._link = None
+        if self._handed_over:
+            return
         for first, count in self._unsettled.take_all():
             self.bitmap.set_range(first, count)
         in_flight, self._in_flight = self._in_flight, collections.deque()
@@ -128,7 +153,36 @@ class Volume:
 
     def abandon_store(self, error: OSError) -> None:
         """Use the local disk no more: everything that needs it fails from now on."""
-        self.store = FailedStore(self.store.size_bytes, error)
+        self._use(FailedStore(self.size_bytes, error))
+
+    def hand_over(self) -> "HandedOver":
+        """The store is abandoned, and the peer, which is in sync, goes on without this copy: everything that waits.
+
+        What is under way off the loop fails; what the peer was asked, it will answer to whoever takes this over.
+        """
+        self._link = None
+        self._handed_over = True
+        return HandedOver(self._sequence, self._in_flight, self._asked, self.admission.hand_over())
+
+    async def quiet(self) -> None:
+        """Return when no change is under way off the loop (nothing new is asked of this volume any more)."""
+        await self.admission.idle()
+        while self._changing:
+            await asyncio.wait(set(self._changing))
+
+    def start_serving_peer(self) -> None:
+        """The peer is Primary and works through this volume; that its copy lacks something is on record."""
+        self.serving_peer = True
+        self.start_timer()
+
+    async def end_serving_peer(self) -> None:
+        """It does no more, and nothing of it is under way: flush, and let the activity log rest. OSError."""
+        self.stop_timer()
+        try:
+            if not isinstance(self.store, FailedStore):
+                await self.empty_activity_log()
+        finally:
+            self.serving_peer = False
 
     def start_timer(self) -> None:
         """Begin background settling (on becoming Primary)."""
@@ -194,7 +248,7 @@ class Volume:
         # The peer first: it works while the local writes are done.
         keeps = link.send_buffers(buffers)
         errors = self._write_local(writes)
-        if self.settings.protocol == "A":
+        if self.settings.protocol == "A" and not self._handed_over:
             answer = (done, errors, len(writes))
             link.when_drained(lambda: self._finish_alone(answer) if link.closed else done(errors))
         else:
@@ -241,6 +295,10 @@ class Volume:
         if self.alone_recorded:
             done, errors, _ = answer
             done(errors)
+            return
+        if self.serving_peer:
+            # The peer is Primary, has every write by now, and goes on by itself; nobody is left to be answered.
+            _answer_failed(answer)
             return
         self._held.append(answer)
         self._start_recording()
@@ -415,6 +473,8 @@ class Volume:
     async def ensure_alone_recorded(self) -> None:
         """Return when the peer gets every write, or the superblock says that it does not."""
         while not self.alone_recorded and self._link is None:
+            if self.serving_peer:
+                raise OSError(errno.ENOTCONN, "the Primary that asked for this is gone")
             await asyncio.shield(self._start_recording())
 
     def _start_recording(self) -> "asyncio.Task[None]":

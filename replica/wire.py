@@ -65,8 +65,18 @@ SYNC_FLUSHED: Final = 0x27  # answer, same sequence
 SYNC_FINISH: Final = 0x28  # source: nothing is dirty any more; {"current", "history"}
 SYNC_DONE: Final = 0x29  # target: recorded as UpToDate
 
+# A Primary without a good disk works through its peer's volume: it sends its clients' changes in the frames above
+# (WRITE to FLUSH, answered by APPLIED and DONE), between these.
+SERVE: Final = 0x30  # Primary: begin; nothing follows before the answer. FLAG_TARGET: its disk is being resynced
+SERVING: Final = 0x31  # {"current"}: recorded that the Primary's disk lacks what comes now; or {"error": sentence}
+READ: Final = 0x32  # offset, payload = u64 length, at most MAX_PAYLOAD_BYTES
+READ_DATA: Final = 0x33  # the answer, same sequence; FLAG_ERROR: offset = errno
+YIELD: Final = 0x34  # Primary: end; everything sent before is answered
+YIELDED: Final = 0x35  # both copies are flushed and no extent is hot on this side any more
+
 FLAG_PUNCH: Final = 0x01
 FLAG_LAST: Final = 0x02
+FLAG_TARGET: Final = 0x04
 FLAG_ERROR: Final = 0x80
 
 KIND_NAMES: Final = {
@@ -91,8 +101,21 @@ def pack(
     integrity: bool = False,
 ) -> bytes:
     """One whole frame. The hot path packs headers itself (see replica.volume)."""
+    return pack_header(kind, payload, flags, volume, sequence, offset, integrity) + payload
+
+
+def pack_header(
+    kind: int,
+    payload: bytes | memoryview,
+    flags: int,
+    volume: int,
+    sequence: int,
+    offset: int,
+    integrity: bool,
+) -> bytes:
+    """The header of a frame whose payload is sent from where it is."""
     check = checksum(kind, flags, volume, len(payload), sequence, offset, payload) if integrity else 0
-    return HEADER.pack(kind, flags, volume, len(payload), sequence, offset, check) + payload
+    return HEADER.pack(kind, flags, volume, len(payload), sequence, offset, check)
 
 
 _PREFIX: Final = struct.Struct("<BBHIQQ")
@@ -149,14 +172,14 @@ def field(message: dict[str, Any], name: str, kind: type) -> Any:
 
 
 def pack_length(length: int) -> bytes:
-    """The payload of ZERO and SYNC_ZERO: a u64 length in bytes."""
+    """The payload of ZERO, SYNC_ZERO and READ: a u64 length in bytes."""
     return _U64.pack(length)
 
 
 def unpack_length(payload: bytes | memoryview) -> int:
-    """The u64 length in the payload of ZERO and SYNC_ZERO."""
+    """The u64 length in the payload of ZERO, SYNC_ZERO and READ."""
     if len(payload) != _U64.size:
-        raise ProtocolError("a ZERO frame must carry a 64-bit length.")
+        raise ProtocolError("a frame that names a range must carry a 64-bit length.")
     value: int = _U64.unpack(payload)[0]
     return value
 

@@ -300,8 +300,12 @@ class Machine:
             error: Exception | None = None
             try:
                 await work
-            except (ReplicaError, OSError) as expected:
+            except ReplicaError as expected:
                 error = expected
+            except OSError as failure:
+                if incarnation.resource is not None:
+                    incarnation.resource.disk_failed(failure)  # as replicad does
+                error = failure
             except MachineDied:
                 return
             except Exception as unexpected:

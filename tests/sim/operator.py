@@ -194,12 +194,17 @@ class Operator:
             return mine.promoted_alone or not theirs.promoted_alone
         return decide(mine, theirs).kind is Kind.SOURCE
 
+    def _through_peer(self, machine: "Machine") -> bool:
+        """Whether this node has no good disk, and is connected to the other one, whose copy is the newest."""
+        resource = machine.resource
+        return resource is not None and resource.verbs._needs_peer() and self.eligible(self.other(machine))
+
     def verb_promote(self, machine: "Machine") -> None:
         resource, other = machine.resource, self.other(machine)
         if resource is None or resource.state.role is Role.PRIMARY:
             return
-        allowed = not other.is_primary and not self._changing and self.eligible(machine)
-        if allowed:
+        allowed = not other.is_primary and not self._changing
+        if allowed and (self.eligible(machine) or self._through_peer(machine)):
             self._do(machine, "promote", lambda node: node.verbs.promote(), role=True)
         elif self.scenario.split_brain and self.rng.random() < 0.4 and resource.attached:
             if resource.superblock.just_created:
@@ -230,7 +235,8 @@ class Operator:
         resource = machine.resource
         if resource is None or resource.state.role is Role.PRIMARY or self._changing:
             return
-        if resource.state.replication is Replication.ESTABLISHED and self.eligible(machine):
+        established = resource.state.replication is Replication.ESTABLISHED or resource.serving_peer
+        if (established and self.eligible(machine)) or self._through_peer(machine):
             self._do(machine, "takeover", lambda node: node.verbs.takeover(), role=True)
 
     def verb_connect(self, machine: "Machine", *, discard: bool = False) -> None:
@@ -241,9 +247,11 @@ class Operator:
         self._do(machine, "disconnect", lambda node: node.verbs.disconnect())
 
     def verb_invalidate(self, machine: "Machine") -> None:
+        self.oracle.given_up[machine.name] = None
         self._do(machine, "invalidate", lambda node: node.verbs.invalidate())
 
     def verb_invalidate_remote(self, machine: "Machine") -> None:
+        self.oracle.given_up[self.other(machine).name] = None
         self._do(machine, "invalidate-remote", lambda node: node.verbs.invalidate_remote())
 
     def verb_outdate(self, machine: "Machine") -> None:
@@ -281,8 +289,9 @@ class Operator:
             if self.over and resource.paused:
                 self._resume(machine)
             if not resource.attached and (self.over or self.rng.random() < 0.2) and not self._changing:
-                if resource.state.role is Role.PRIMARY:
-                    # It has no disk to serve from: it hands over.
+                told_to = "let the clients go" in resource.state.last_error or resource.peer_volume is None
+                if resource.state.role is Role.PRIMARY and (told_to or self.rng.random() < 0.2):
+                    # It has no disk to serve from, and it may be that nobody stands in: it hands over.
                     self._do(machine, "demote --force", lambda node: node.verbs.demote(force=True), role=True)
                 else:
                     self._do(machine, "attach", lambda node: node.verbs.attach(), role=True)

@@ -10,10 +10,10 @@ Each 512-byte sector has a log of writes, which ends at the newest one that is k
 
 A write is *superseded* by one that was issued after its end and is acknowledged. Then:
 
-Ack         when a write is acknowledged (protocol C), the other machine has applied it, or the durable superblock of
-            the Primary says that it is out of sync.
-Flush       when a FLUSH or FUA is answered, what it covers is durable on the Primary and, unless the superblock says
-            that it is out of sync or was promoted without the other one, on the other one.
+Ack         when a write is acknowledged (protocol C), both machines have applied it, or one whose durable superblock
+            says that the other is out of sync: the Primary, or the other one when it stands in for the Primary's disk.
+Flush       when a FLUSH or FUA is answered, what it covers is durable on the machine that leads and, unless its
+            superblock says that the other is out of sync or that it was promoted without it, on the other one.
 Reads       show a value that is not superseded. So does the whole image of a node that becomes Primary.
 Loss        an acked write may only go when every holder has lost its cache (power cut, or a failed flush that dropped
             the pages) before it was durable there; a flushed one never. While one in-sync machine runs on, all that it
@@ -180,6 +180,8 @@ class Oracle:
         self.checks = 0
         self.discarding: dict[str, None] = {}
         self.accepted_fork: dict[str, None] = {}
+        #: Machines whose copy the operator has declared bad.
+        self.given_up: dict[str, None] = {}
         shared = Lineage()
         self.lineage = {machine.name: shared for machine in machines}
         self.durable = {machine.name: Durable(machine) for machine in machines}
@@ -371,24 +373,25 @@ class Oracle:
         if not self.split_brain and peer.is_primary:
             self.fail("One Primary", f"{machine.name} answered a write while {peer.name} is Primary as well")
         self._ended(entries)
-        alone = self._recorded_alone(machine)
+        leader, follower, alone = self._who_leads(machine)
         for entry in entries:
             entry.level = ACKED
             # Applied, or what overlaps it was applied instead, in an order that was never promised.
             kept = {one.bit: self._holds(lineage, one, entry) for one in self.machines}
-            if not (entry.applied & machine.bit or kept[machine.bit]):
+            if not (entry.applied & leader.bit or kept[leader.bit]):
                 self.fail(
                     "Ack",
-                    f"{machine.name} answered write {entry.value:x} to sector {entry.sector} and has not applied it",
+                    f"{machine.name} answered write {entry.value:x} to sector {entry.sector} and {leader.name} has "
+                    "not applied it",
                 )
-            with_peer = not alone and (entry.applied & peer.bit or kept[peer.bit])
-            if not alone and not with_peer and self.protocol == "C":
+            with_follower = not alone and (entry.applied & follower.bit or kept[follower.bit])
+            if not alone and not with_follower and self.protocol == "C":
                 self.fail(
                     "Ack",
-                    f"{machine.name} answered write {entry.value:x} to sector {entry.sector}: {peer.name} "
+                    f"{machine.name} answered write {entry.value:x} to sector {entry.sector}: {follower.name} "
                     "has not applied it and is not on record as out of sync",
                 )
-            applied = machine.bit | (peer.bit if with_peer else 0)
+            applied = leader.bit | (follower.bit if with_follower else 0)
             # A machine may have lost it again before the answer.
             entry.holders = sum(bit for bit, keeps in kept.items() if keeps and applied & bit)
             entry.lost = applied & ~entry.holders
@@ -398,6 +401,15 @@ class Oracle:
                 self._demote(lineage, entry)
         if durable:
             self._check_durable(machine, entries, "FUA")
+
+    def _who_leads(self, machine: "Machine") -> "tuple[Machine, Machine, bool]":
+        """(whose copy answers for the clients of this Primary, the other, whether that one is on record as out of
+        sync): its own, unless the other one has recorded that it goes on without the Primary's.
+        """
+        peer = self.other(machine)
+        if not self._recorded_alone(machine) and self._recorded_alone(peer):
+            return peer, machine, True
+        return machine, peer, self._recorded_alone(machine)
 
     def _recorded_alone(self, machine: "Machine") -> bool:
         durable = self.durable[machine.name]
@@ -412,12 +424,13 @@ class Oracle:
 
     def _check_durable(self, machine: "Machine", entries: list[Entry], what: str) -> None:
         lineage = self.lineage[machine.name]
-        required = [machine] if machine.resource is not None and machine.resource.attached else []
-        superblock = self.durable[machine.name].superblock
+        leader, follower, alone = self._who_leads(machine)
+        required = [leader] if leader is not machine or (machine.resource and machine.resource.attached) else []
+        superblock = self.durable[leader.name].superblock
         # Promoted without the other one: it outranks the other one, should that come back with less.
         outranks = superblock is not None and superblock.promoted_alone
-        if not self._recorded_alone(machine) and not outranks:
-            required.append(self.other(machine))
+        if not alone and not outranks:
+            required.append(follower)
         for entry in entries:
             for one in required:
                 value = self.value_of(one.data.durable, entry.sector)
@@ -471,6 +484,7 @@ class Oracle:
             if replication == Replication.SYNC_TARGET:
                 self._overwritten(machine)
             elif replication == Replication.ESTABLISHED:
+                self.given_up.pop(machine.name, None)
                 self._established()
 
     def gone(self, machine: "Machine") -> None:
@@ -488,17 +502,32 @@ class Oracle:
         if peer.is_primary and not self.split_brain:
             self.fail("One Primary", f"{machine.name} became Primary while {peer.name} is Primary")
         lineage = self.lineage[machine.name]
+        # A node without a good disk serves the other one's copy.
+        copy = peer if machine.resource is not None and machine.resource.peer_volume is not None else machine
         for entry in list(lineage.acked):
             # Asynchronous protocols may lose what the old Primary had acknowledged. With C only what was lost here,
             # and the operator chose this node all the same.
-            if not entry.holders & machine.bit and (self.protocol != "C" or entry.lost & machine.bit):
+            if not entry.holders & copy.bit and (self.protocol != "C" or entry.lost & copy.bit):
                 self._demote(lineage, entry)
-        self.check_image(machine, "Promotion")
+        self.check_image(copy, "Promotion")
 
     def _adopt(self, machine: "Machine") -> None:
         """The operator accepts what this copy is, whatever the other has: a history of its own begins."""
-        lineage = Lineage()
         old = self.lineage[machine.name]
+        peer = self.other(machine)
+        if any(
+            self.value_of(peer.data.durable, sector) not in old.allowed(sector, level=FLUSHED) for sector in old.log
+        ):
+            # The one they shared is nobody's any more: the other one never had all of it.
+            self.lineage[peer.name] = self._as_it_is(peer, old)
+        self.lineage[machine.name] = self._as_it_is(machine, old)
+        # Pending writes of its own clients: none, it was Secondary.
+        old.acks = 0  # what the other one acknowledges from here on is lost if this copy overwrites it
+        self.trace.note(f"{machine.name} has a history of its own from here on")
+
+    def _as_it_is(self, machine: "Machine", old: Lineage) -> Lineage:
+        """A history that begins with what this machine has now."""
+        lineage = Lineage()
         for sector in range(machine.size_bytes // SECTOR):
             value = self.value_of(machine.data.cache, sector)
             if sector not in old.log and not value and not self.value_of(machine.data.durable, sector):
@@ -510,10 +539,7 @@ class Oracle:
             entry.ran = tuple(one.incarnations for one in self.machines)
             lineage.log[sector] = [base, entry]
             lineage.acked[entry] = None
-        # Pending writes of its own clients: none, it was Secondary.
-        self.lineage[machine.name] = lineage
-        old.acks = 0  # what the other one acknowledges from here on is lost if this copy overwrites it
-        self.trace.note(f"{machine.name} has a history of its own from here on")
+        return lineage
 
     def _overwritten(self, machine: "Machine") -> None:
         """This node has become the target of a resync."""
@@ -534,7 +560,8 @@ class Oracle:
                 if self._holds(mine, source, entry):  # it came back with a resync
                     entry.holders |= source.bit
                     continue
-                ran_on = entry.holders & machine.bit and machine.incarnations == entry.ran[self.machines.index(machine)]
+                same_life = machine.incarnations == entry.ran[self.machines.index(machine)]
+                ran_on = entry.holders & machine.bit and same_life and machine.name not in self.given_up
                 if self.protocol != "C" or (entry.lost & source.bit and not ran_on):
                     self._demote(mine, entry)
                 elif ran_on:

@@ -181,6 +181,8 @@ class Run:
             resource = machine.resource
             if resource is None or not resource.attached or machine.incarnation is None:
                 return False
+            if resource.peer_volume is not None:
+                return False
             if resource.state.replication is not Replication.ESTABLISHED or machine.incarnation.stopping:
                 return False
             if resource.disk.bitmap.count:
