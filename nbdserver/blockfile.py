@@ -180,6 +180,15 @@ class BlockFile:
         except OSError as error:
             raise LostWriteError(error.errno, error.strerror) from None
 
+    def forget_cache(self) -> None:
+        """Flush, then let the page cache go, so that what is read is what the medium has. Raises LostWriteError.
+
+        After a failed flush the kernel shows pages that it has not written and counts as clean. Without effect on
+        tmpfs, and on pages that somebody else has mapped.
+        """
+        self.flush()
+        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def zero(self, offset: int, length: int, punch: bool) -> None:
         """Make the range read as zeroes, giving the space back (`punch`) or keeping it allocated."""
         if length == 0:

@@ -106,6 +106,10 @@ class Connector:
             return
         if self._link is not None:
             self._link.close("the peer made a newer connection.")
+        if self._stand_alone:
+            # The end of the old one was what an operator has to decide about.
+            link.refuse(self._is_stand_alone())
+            return
         self._link = link
         self._opened(link)
 

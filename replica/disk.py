@@ -47,6 +47,8 @@ async def open_disk(config: cfg.Config, resource: cfg.Resource, runtime: Runtime
     disk = LocalDisk(metadata, metadata_file, store, bitmap, ActivityLog(superblock.al_slots))
     try:
         await metadata.load_bitmap(bitmap)
+        # What the page cache holds must be durable before it can count as settled, and be there at all.
+        await store.forget_cache()
         await _recover(disk)
     except BaseException:
         disk.close()
@@ -60,8 +62,6 @@ async def _recover(disk: LocalDisk) -> None:
     extents = await disk.metadata.load_activity_log()
     if not extents and not superblock.primary:
         return
-    # What the page cache holds of these extents must be durable before their bits can ever be cleared.
-    await disk.store.flush()
     for extent in extents:
         start = extent << EXTENT_SHIFT
         if start < superblock.size_bytes:

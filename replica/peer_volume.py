@@ -87,7 +87,6 @@ class PeerVolume:
         """The peer serves on this link, and has recorded that this node's disk lacks what comes from now on."""
         self.generation = generation
         self._failed = False
-        self._rested = None
         self._stop_timer()
         self.decided.set()
         self._link = link
@@ -119,6 +118,7 @@ class PeerVolume:
         self._requests.clear()
         self._waiting[:0] = [work for _, work in sorted(sent, key=lambda item: item[0])]
         self._check_rested()
+        self._rested = None
         if self._timer is None and not self._failed:
             self._start_timer()
 

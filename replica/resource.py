@@ -54,6 +54,8 @@ class Resource:
         self._complaint = ""
         #: Both copies were in sync, and this process has applied every write since: it lacks none that was answered.
         self.unbroken = False
+        #: The disk that was detached last, if it was good; 0: none.
+        self._released_device = 0
         self.session: Session | None = None
         self._past_sessions: set[asyncio.Task[None]] = set()
         self._told: dict[str, Any] = {}
@@ -115,8 +117,9 @@ class Resource:
         self.release_disk()
 
     async def attach_disk(self) -> None:
-        self.unbroken = False
         disk = await open_disk(self.config, self._cfg, self._runtime)
+        # A disk that was only detached for a while: what it missed is known by the peer's newer generation.
+        self.unbroken = self.unbroken and disk.metadata.superblock.device_id == self._released_device
         settings = VolumeSettings(self.settings.protocol, self.settings.settle_interval_s, self.settings.settle_bytes)
         volume = Volume(
             settings,
@@ -138,6 +141,7 @@ class Resource:
         if self._attached is not None:
             disk, volume = self._attached
             self._attached = None
+            self._released_device = 0 if self.failed else disk.metadata.superblock.device_id
             self.failed = False
             if self.peer_volume is None:
                 self.export.serve(None)
@@ -151,6 +155,11 @@ class Resource:
     def attached(self) -> bool:
         """Whether there is a local copy in use."""
         return self._attached is not None and not self.failed
+
+    @property
+    def has_disk(self) -> bool:
+        """Whether there is a local copy, if only a failed one."""
+        return self._attached is not None
 
     @property
     def disk(self) -> LocalDisk:
@@ -284,7 +293,7 @@ class Resource:
 
     def disk_failed(self, error: OSError) -> None:
         """The local disk reported an error (`on-io-error`)."""
-        if self.failed or self._attached is None:
+        if self.failed or self._attached is None or self._attached[1].handed_over:
             return
         # Passing an error on takes a client to pass it to; a Secondary's copy must not silently lack a write. And after
         # a failed flush nobody knows what the disk holds. In both cases it is given up, whatever the policy is.

@@ -96,6 +96,8 @@ class HostRuntime:
             return FileOfMetadata.open(path)
         except BlockFileError as error:
             raise ReplicaError(str(error)) from None
+        except OSError as error:
+            raise ReplicaError(f"{path} cannot be flushed ({error.strerror or error}): check its disk.") from None
 
     async def listen(self, host: str, port: int, factory: ProtocolFactory) -> Listener:
         """Accept connections on host:port; ReplicaError when the port is taken or the address is not ours."""

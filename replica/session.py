@@ -77,6 +77,7 @@ class Session:
         if self._parting:
             self._resource.stand_alone(self._parting)
         self._task.cancel()
+        self._stand_in.end()
 
     async def finished(self) -> None:
         """Return when nothing this session started can change the disk or its records any more."""

@@ -35,12 +35,13 @@ class StandIn:
         self._link = link
         self._service: PeerService | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._beginning: asyncio.Task[None] | None = None
         #: SERVE and YIELD take effect in the order in which they come.
         self._turn = asyncio.Lock()
         link.expect(wire.YIELDED)
-        link.handlers[wire.SERVE] = lambda flags, *_: self._start(self._serve(bool(flags & wire.FLAG_TARGET)))
+        link.handlers[wire.SERVE] = self._on_serve
         link.handlers[wire.SERVING] = self._on_serving
-        link.handlers[wire.YIELD] = lambda *_: self._start(self._yield())
+        link.handlers[wire.YIELD] = self._on_yield
 
     # ── the Primary's end ────────────────────────────────────────────────────────────────────────────────────
 
@@ -115,8 +116,14 @@ class StandIn:
         """Whether the peer works through this node's volume."""
         return self._service is not None
 
+    def end(self) -> None:
+        """The link is gone: what has only been asked for does not begin any more."""
+        if self._beginning is not None:
+            # It may wait for a verb that waits in turn for everything of this link to be over.
+            self._beginning.cancel()
+
     async def finished(self) -> None:
-        """The link is gone: return when nothing of it is under way, and the volume is at rest."""
+        """Return when nothing of the link, which is gone, is under way, and the volume is at rest."""
         while self._tasks:
             await asyncio.wait(set(self._tasks))
         await self._end_service()
@@ -129,6 +136,9 @@ class StandIn:
             except OSError as error:
                 self._resource.disk_failed(error)
             self._resource.changed()
+
+    def _on_serve(self, flags: int, sequence: int, offset: int, payload: memoryview) -> None:
+        self._beginning = self._start(self._serve(bool(flags & wire.FLAG_TARGET)))
 
     async def _serve(self, peer_is_target: bool) -> None:
         async with self._turn, self._resource.admin:
@@ -165,6 +175,9 @@ class StandIn:
         log.info("%s: %s works through the disk of %s", resource.name, resource.peer_name, resource.node_name)
         resource.changed()
 
+    def _on_yield(self, flags: int, sequence: int, offset: int, payload: memoryview) -> None:
+        self._start(self._yield())
+
     async def _yield(self) -> None:
         async with self._turn:
             await self._end_service()
@@ -172,7 +185,8 @@ class StandIn:
             self._session.start_mirror()
         self._link.send(wire.YIELDED)
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+    def _start(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = spawn(work, "standing in for the peer's disk")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task

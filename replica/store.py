@@ -43,6 +43,9 @@ class Store(Protocol):
     async def flush(self) -> None:
         """Durable: every write that had returned when this was called. Concurrent calls share one fdatasync."""
 
+    async def forget_cache(self) -> None:
+        """Flush, and read from the medium from now on: what an earlier process failed to flush is seen to be gone."""
+
     def close(self) -> None: ...
 
 
@@ -80,6 +83,9 @@ class FileStore:
     async def flush(self) -> None:
         await self._commit.flush()
 
+    async def forget_cache(self) -> None:
+        await self._run(self._file.forget_cache)
+
     def close(self) -> None:
         """Wait for calls in threads, then close the file (and with it the lock on it)."""
         self._threads.shutdown(wait=True)
@@ -96,8 +102,15 @@ class FileOfMetadata:
 
     @classmethod
     def open(cls, path: Path) -> "FileOfMetadata":
-        """Open and lock the metadata file; raises BlockFileError with a sentence."""
-        return cls(BlockFile.open(path))
+        """Open and lock the metadata file; raises BlockFileError with a sentence, LostWriteError."""
+        file = BlockFile.open(path)
+        try:
+            # Records that an earlier process failed to flush must not be taken for durable ones.
+            file.forget_cache()
+        except OSError:
+            file.close()
+            raise
+        return cls(file)
 
     def _run(self, call: Callable[..., T], *args: object) -> "asyncio.Future[T]":
         return asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
@@ -168,6 +181,9 @@ class FailedStore:
         raise self._fail()
 
     async def flush(self) -> None:
+        raise self._fail()
+
+    async def forget_cache(self) -> None:
         raise self._fail()
 
     def close(self) -> None:

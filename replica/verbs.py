@@ -159,7 +159,7 @@ class Verbs:
             await asyncio.gather(*(client.drain() for client in list(resource.export.clients)))
             if resource.peer_volume is not None:
                 await self._leave_peer_volume()
-            else:
+            elif resource.has_disk:
                 await self._leave_volume()
             resource.export.serve(None)
             resource.state.change(role=Role.SECONDARY)
@@ -267,12 +267,15 @@ class Verbs:
 
     async def _detach_from_primary(self) -> None:
         resource = self._resource
+        disk, volume = resource.disk, resource.volume
+        if resource.peer_can_serve:
+            # The last time that this copy can be asked; and the peer shows that it is alive.
+            await volume.settle()
         if not resource.peer_can_serve:
             raise Refused(
                 f"{self._name} is Primary on {self._node} and {self._peer} is not in sync: wait for it with "
                 f"`replicactl wait-sync {self._name}`."
             )
-        disk, volume = resource.disk, resource.volume
         volume.abandon_store(OSError(errno.ENODEV, "the disk was detached"))
         peer_volume = resource.work_through_peer(volume)
         await peer_volume.decided.wait()

@@ -96,7 +96,8 @@ class Volume:
         self.admission = Admission(self)
         #: The peer, Primary without a good disk, works through this volume (replica.peer_service).
         self.serving_peer = False
-        self._handed_over = False
+        #: The disk is not used any more, and the peer goes on without it.
+        self.handed_over = False
         self._record_alone = record_alone
         self._disk_failed = disk_failed
         self._use(store)
@@ -139,7 +140,7 @@ class Volume:
     def stop_mirroring(self) -> None:
         """The link is gone. What the peer may lack becomes dirty; what waited for it waits for the record instead."""
         self._link = None
-        if self._handed_over:
+        if self.handed_over:
             return
         for first, count in self._unsettled.take_all():
             self.bitmap.set_range(first, count)
@@ -161,7 +162,7 @@ class Volume:
         What is under way off the loop fails; what the peer was asked, it will answer to whoever takes this over.
         """
         self._link = None
-        self._handed_over = True
+        self.handed_over = True
         return HandedOver(self._sequence, self._in_flight, self._asked, self.admission.hand_over())
 
     async def quiet(self) -> None:
@@ -248,7 +249,7 @@ class Volume:
         # The peer first: it works while the local writes are done.
         keeps = link.send_buffers(buffers)
         errors = self._write_local(writes)
-        if self.settings.protocol == "A" and not self._handed_over:
+        if self.settings.protocol == "A" and not self.handed_over:
             answer = (done, errors, len(writes))
             link.when_drained(lambda: self._finish_alone(answer) if link.closed else done(errors))
         else:
@@ -413,6 +414,8 @@ class Volume:
     async def flush(self) -> None:
         """Return when every write answered before this call is durable on every in-sync node."""
         await self._rounds.flush()
+        if self.handed_over:
+            raise OSError(errno.EIO, "the disk is no longer used")
         if self._link is None and self.bitmap.count:
             # Durable here, but the peer may lack some of it: from this answer on it must not pass for an equal copy.
             await self.ensure_alone_recorded()

@@ -153,6 +153,18 @@ class SimDisk:
             self.lost(gone)
             self.persisted(gone)
 
+    def forget_cache(self) -> None:
+        """Read from the medium what is clean."""
+        gone = [sector for sector in self._unwritten if sector not in self.dirty]
+        self._unwritten.clear()
+        for sector in gone:
+            place = slice(sector * SECTOR, (sector + 1) * SECTOR)
+            self.cache[place] = self.durable[place]
+            if any(self.durable[place]):
+                self._allocated[sector * SECTOR // BLOCK] = 1
+        if gone:
+            self.lost(gone)
+
     @property
     def has_unwritten(self) -> bool:
         """Whether a failed flush has left pages that are clean in the cache and not on the medium."""
@@ -331,6 +343,10 @@ class SimStore(_File):
 
     async def flush(self) -> None:
         await self._commit.flush()
+
+    async def forget_cache(self) -> None:
+        await self.flush()
+        self.disk.forget_cache()
 
 
 class SimMetadataFile(_File):

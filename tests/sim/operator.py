@@ -191,6 +191,8 @@ class Operator:
         if mine is None or theirs is None or mine.incomplete:
             return False
         if mine.generations.current == theirs.generations.current:
+            if mine.promoted_alone and theirs.promoted_alone:
+                return decide(mine, theirs).kind in (Kind.SOURCE, Kind.IN_SYNC)
             return mine.promoted_alone or not theirs.promoted_alone
         return decide(mine, theirs).kind is Kind.SOURCE
 
@@ -204,7 +206,7 @@ class Operator:
         if resource is None or resource.state.role is Role.PRIMARY:
             return
         allowed = not other.is_primary and not self._changing
-        if allowed and (self.eligible(machine) or self._through_peer(machine)):
+        if allowed and ((resource.attached and self.eligible(machine)) or self._through_peer(machine)):
             self._do(machine, "promote", lambda node: node.verbs.promote(), role=True)
         elif self.scenario.split_brain and self.rng.random() < 0.4 and resource.attached:
             if resource.superblock.just_created:

@@ -516,7 +516,9 @@ class Oracle:
         old = self.lineage[machine.name]
         peer = self.other(machine)
         if any(
-            self.value_of(peer.data.durable, sector) not in old.allowed(sector, level=FLUSHED) for sector in old.log
+            self.value_of(peer.data.durable, sector) not in old.allowed(sector, level=FLUSHED)
+            or self.value_of(peer.data.cache, sector) not in old.allowed(sector)
+            for sector in old.log
         ):
             # The one they shared is nobody's any more: the other one never had all of it.
             self.lineage[peer.name] = self._as_it_is(peer, old)
