@@ -23,6 +23,8 @@ log = logging.getLogger("replica.resource")
 
 #: How long a peer may take to answer a request; a takeover waits for its clients to drain.
 REQUEST_TIMEOUT_S: Final = 30.0
+#: How long a request of the peer waits for a handshake or another verb to be over.
+BUSY_S: Final = 2.0
 
 
 class Verbs:
@@ -45,7 +47,7 @@ class Verbs:
         resource = self._resource
         if resource.state.role is Role.PRIMARY:
             return
-        if not force and self._needs_peer() and await self._promote_through_peer():
+        if self._needs_peer() and await self._promote_through_peer():
             return
         self._check_promotable(force)
         if resource.link is not None:
@@ -371,9 +373,12 @@ class Verbs:
         }
         if operation not in operations:
             raise Refused(f"{self._node} does not know the request {operation!r}: update the older node.")
-        if self._resource.admin.locked():
-            # Waiting here while the peer holds its own lock could wait forever.
-            raise Refused(f"{self._node} is busy with another change of {self._name}: try again.")
+        try:
+            # Not for ever: the peer holds its own lock meanwhile, and what holds this one may be waiting for that.
+            async with asyncio.timeout(BUSY_S), self._resource.admin:
+                pass
+        except TimeoutError:
+            raise Refused(f"{self._node} is busy with another change of {self._name}: try again.") from None
         await operations[operation]()
 
     async def _consent_to_promotion(self) -> None:

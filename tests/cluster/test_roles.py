@@ -88,19 +88,6 @@ def test_a_half_copied_disk_is_not_promoted(libnbd: Any, new_cluster: Callable[.
     assert node2.status()["volumes"][0]["disk"] == "UpToDate"
 
 
-def test_a_sync_target_is_not_promoted(libnbd: Any, new_cluster: Callable[..., Cluster]) -> None:
-    cluster = new_cluster(resync_rate='"1M"')
-    cluster.create()
-    cluster.node1.image.write_bytes(b"d" * cluster.size_bytes)
-    cluster.start()
-    cluster.node1.ctl("promote", force=True)
-    cluster.node2.wait_replication("SyncTarget")
-    cluster.node1.ctl("demote")
-    cluster.node2.wait_for(lambda status: status["peer"]["role"] == "Secondary")
-    assert "wait-sync" in refused(cluster.node2, "promote", force=True)
-    assert "wait-sync" in refused(cluster.node2, "takeover")
-
-
 def test_an_outdated_disk_is_not_promoted(pair: Cluster) -> None:
     node1, node2 = pair.nodes
     assert "in sync" in refused(node2, "outdate")

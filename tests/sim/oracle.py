@@ -188,6 +188,7 @@ class Oracle:
         self._primary: dict[str, bool] = {machine.name: False for machine in machines}
         self._replication: dict[str, str] = {}
         self._pending: dict[int, list[Entry]] = {}  # value -> entries of the write, in order of sectors
+        self._asked_of: dict[Entry, Machine] = {}  # pending writes
         self._zeroes: dict[int, list[Entry]] = {}  # sector -> pending writes of zeroes
         self._differ: dict[int, None] = {}
         self._verdict_full = True
@@ -340,6 +341,7 @@ class Oracle:
         lineage = self.lineage[machine.name]
         for entry in entries:
             lineage.add(entry)
+            self._asked_of[entry] = machine
             if value == 0:
                 self._zeroes.setdefault(entry.sector, []).append(entry)
         if value:
@@ -350,6 +352,7 @@ class Oracle:
         self.clock += 1
         for entry in entries:
             entry.end = self.clock
+            self._asked_of.pop(entry, None)
             if not entry.value:
                 self._zeroes[entry.sector].remove(entry)
                 if not self._zeroes[entry.sector]:
@@ -515,7 +518,7 @@ class Oracle:
         """The operator accepts what this copy is, whatever the other has: a history of its own begins."""
         old = self.lineage[machine.name]
         peer = self.other(machine)
-        if any(
+        if self.lineage[peer.name] is old and any(
             self.value_of(peer.data.durable, sector) not in old.allowed(sector, level=FLUSHED)
             or self.value_of(peer.data.cache, sector) not in old.allowed(sector)
             for sector in old.log
@@ -541,6 +544,10 @@ class Oracle:
             entry.ran = tuple(one.incarnations for one in self.machines)
             lineage.log[sector] = [base, entry]
             lineage.acked[entry] = None
+        for entries in old.log.values():
+            for entry in entries:
+                if entry.end is None and self._asked_of.get(entry) is machine:
+                    lineage.add(entry)
         return lineage
 
     def _overwritten(self, machine: "Machine") -> None:
