@@ -192,6 +192,9 @@ class Verbs:
             return
         resource.peer_volume.fail()
         resource.peer_volume = None
+        if resource.link is not None and resource.attached and resource.state.replication is Replication.ESTABLISHED:
+            # The resync was completed meanwhile, and the volume was to mirror once this node led again.
+            resource.volume.start_mirroring(resource.link)
 
     async def takeover(self) -> None:
         """Graceful switchover: the peer drains, flushes and demotes; this node is promoted."""

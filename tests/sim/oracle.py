@@ -180,7 +180,7 @@ class Oracle:
         self.checks = 0
         self.discarding: dict[str, None] = {}
         self.accepted_fork: dict[str, None] = {}
-        #: Machines whose copy the operator has declared bad.
+        #: Machines whose disk has failed, or whose copy the operator has declared bad.
         self.given_up: dict[str, None] = {}
         shared = Lineage()
         self.lineage = {machine.name: shared for machine in machines}
@@ -478,6 +478,8 @@ class Oracle:
         """A state of this node has changed."""
         resource = machine.resource
         primary = machine.is_primary
+        if resource is not None and resource.failed:
+            self.given_up[machine.name] = None
         if primary and not self._primary[machine.name]:
             self._promoted(machine)
         self._primary[machine.name] = primary
