@@ -267,11 +267,32 @@ class Bitmap:
         self._marks.groups.extend([0] * ((self.sectors >> _GROUP_SHIFT) + 1 - len(self._marks.groups)))
         if self.default_ones:
             self.count += max(blocks - (tail + 1) * SECTOR_BITS, 0)
+            # What is stored there may be of a time before it was cut off.
+            self.changed.update(range(tail + 1, self.sectors))
             self._put(tail, bits, bits)
             self.set_range(old, min(blocks, (tail + 1) * SECTOR_BITS) - old)
         else:
             self._put(tail, bits, bits)
             self.set_range(old, blocks - old)
+
+    def shrink(self, blocks: int) -> None:
+        """Forget the blocks from `blocks` on.  ValueError when that would extend it, or leave nothing."""
+        if not 0 < blocks <= self.blocks:
+            raise ValueError(f"a bitmap of {self.blocks} blocks can't be cut to {blocks}")
+        if blocks == self.blocks:
+            return
+        last = sectors_for(blocks) - 1
+        bits = self._get(last)
+        kept = {sector: value for sector, value in self._sectors.items() if sector < last}
+        self.blocks = blocks
+        self._size_changed()
+        kept[last] = bits & self._last_full
+        self.changed = {sector for sector in self.changed if sector <= last}
+        self.count = blocks if self.default_ones else 0
+        self._sectors = {}
+        self._marks = _SectorSet(self.sectors)
+        for sector, value in kept.items():
+            self._put(sector, self._full(sector) if self.default_ones else 0, value)
 
     # ---- exchange with the peer
 

@@ -367,7 +367,7 @@ def _too_small(larger: Side, smaller: Side) -> _Finding:
     return _refused(
         "size",
         f"the volume of {smaller.node} has {smaller.size_bytes} bytes but {larger.node}'s has "
-        f"{larger.size_bytes}: enlarge the backing of {smaller.node} and run 'replicactl resize' on it.",
+        f"{larger.size_bytes}: give {smaller.node} a backing of that size and run 'replicactl create-md --force'.",
     )
 
 

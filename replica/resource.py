@@ -137,6 +137,27 @@ class Resource:
         for warning in disk.metadata.warnings:
             log.warning("%s: %s", self.name, warning)
 
+    async def adopt_size(self, size_bytes: int) -> None:
+        """The pair's volume is smaller than this copy (DRBD, too, takes the smaller of two sizes): use no more of it.
+        The backing keeps what it has behind that.
+        """
+        disk, volume = self.disk, self.volume
+        log.warning(
+            "%s: the volume has %d bytes on %s and %d here: only so much of %s is used from now on",
+            self.name,
+            size_bytes,
+            self.peer_name,
+            disk.size_bytes,
+            self.settings.backing,
+        )
+        superblock = disk.metadata.superblock
+        superblock.size_bytes = disk.store.size_bytes = volume.size_bytes = size_bytes
+        disk.bitmap.shrink(superblock.blocks)
+        if self.peer_volume is None:
+            self.export.size_bytes = size_bytes
+        await self.save()
+        await disk.metadata.save_bitmap(disk.bitmap)
+
     def release_disk(self) -> None:
         if self._attached is not None:
             disk, volume = self._attached

@@ -151,16 +151,13 @@ class Session:
             return
         if mine.attaching and not self._stand_in.may_go_on(peer, ran_on):
             raise DiskRejected(resource.state.last_error)
-        if mine.size_bytes != peer.size_bytes:
-            raise Refusal(
-                f"the volume has {mine.size_bytes} bytes on {mine.node} and {peer.size_bytes} on {peer.node}: make "
-                "them equal with `replicactl create-md --size` on the node whose copy is to be replaced."
-            )
         verdict = decide(mine, peer)
         log.info("%s: %s", resource.name, verdict.reason)
         if verdict.kind in (Kind.SPLIT_BRAIN, Kind.UNRELATED, Kind.REFUSED):
             raise DiskRejected(verdict.reason) if mine.attaching or peer.attaching else Refusal(verdict.reason)
         resource.discard_my_data = False
+        if verdict.size_bytes != mine.size_bytes and verdict.kind is not Kind.NO_GOOD_COPY:
+            await resource.adopt_size(verdict.size_bytes)
         if verdict.kind in (Kind.BOTH_NEW, Kind.NO_GOOD_COPY):
             resource.state.change(replication=Replication.OFF, last_error=verdict.reason)
         elif verdict.kind is Kind.IN_SYNC:

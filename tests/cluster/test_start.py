@@ -7,6 +7,7 @@ import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -114,13 +115,48 @@ def test_another_node_is_not_let_in(cluster: Cluster) -> None:
     stays_apart(cluster, "node", "'node2'", "'node3'")
 
 
-def test_volumes_of_different_size_are_both_left_alone(cluster: Cluster) -> None:
-    cluster.node1.cli("create-md", "--size", str(cluster.size_bytes))
-    cluster.node2.cli("create-md", "--size", str(2 * cluster.size_bytes))
+def test_the_pair_uses_the_smaller_of_two_sizes(libnbd: Any, cluster: Cluster) -> None:
+    node1, node2 = cluster.nodes
+    node1.cli("create-md", "--size", str(cluster.size_bytes))
+    node2.cli("create-md", "--size", str(2 * cluster.size_bytes))
     cluster.start()
+    node2.wait_for(lambda status: status["volumes"][0]["size_bytes"] == cluster.size_bytes)
+    node1.wait_connection("Connected")
+    node2.ctl("promote", force=True)
+    cluster.wait_in_sync()
+    node2.write(cluster.size_bytes - 4096, b"e" * 4096)
+    node2.stop()
+    node1.ctl("promote")
+    assert node1.read(cluster.size_bytes - 4096, 4096) == b"e" * 4096
+    node2.start()
+    cluster.wait_in_sync()
+    assert node2.volume()["size_bytes"] == cluster.size_bytes
+    # What the larger backing has behind the volume is left alone.
+    assert node2.image.stat().st_size == 2 * cluster.size_bytes
+
+
+def test_a_new_copy_that_is_larger_takes_the_size_of_the_data(libnbd: Any, cluster: Cluster) -> None:
+    node1, node2 = cluster.nodes
+    node1.cli("create-md", "--size", str(cluster.size_bytes))
+    node1.start().ctl("promote", force=True)
+    node1.write(cluster.size_bytes - 4096, b"e" * 4096)
+    node2.cli("create-md", "--size", str(3 * cluster.size_bytes))
+    node2.start()
+    cluster.wait_in_sync()
+    assert node2.volume()["size_bytes"] == cluster.size_bytes
+    node2.ctl("takeover")
+    assert node2.read(cluster.size_bytes - 4096, 4096) == b"e" * 4096
+
+
+def test_a_new_copy_that_is_too_small_is_refused(libnbd: Any, cluster: Cluster) -> None:
+    node1, node2 = cluster.nodes
+    node1.cli("create-md", "--size", str(2 * cluster.size_bytes))
+    node1.start().ctl("promote", force=True)
+    node2.cli("create-md", "--size", str(cluster.size_bytes))
+    node2.start()
     for node in cluster.nodes:
         status = node.wait_connection("StandAlone")
-        assert str(cluster.size_bytes) in status["last_error"]
+        assert f"the volume of node2 has {cluster.size_bytes} bytes" in status["last_error"]
 
 
 # ── the backing ──────────────────────────────────────────────────────────────────────────────────────────────────

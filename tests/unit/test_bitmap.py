@@ -92,6 +92,12 @@ class BitmapMachine(RuleBasedStateMachine):
         self.bitmap.grow(old + more)
         self.model.update(range(old, old + more))
 
+    @rule(data=st.data())
+    def shrink(self, data: st.DataObject) -> None:
+        blocks = data.draw(st.integers(1, self.bitmap.blocks))
+        self.bitmap.shrink(blocks)
+        self.model = {block for block in self.model if block < blocks}
+
     @rule()
     def store_and_load(self) -> None:
         for sector in self.bitmap.take_changed():
@@ -100,7 +106,8 @@ class BitmapMachine(RuleBasedStateMachine):
         if self.bitmap.default_ones:
             loaded.set_all()
         for sector, data in self.stored.items():
-            loaded.load_sector(sector, 7, data)
+            if sector < loaded.sectors:  # others stay where they are when it is cut
+                loaded.load_sector(sector, 7, data)
         assert dirty_blocks(loaded) == self.model
         assert loaded.count == len(self.model)
         assert not loaded.changed
@@ -308,6 +315,9 @@ def test_ranges_outside_are_refused() -> None:
             Bitmap(blocks)
     with pytest.raises(ValueError, match="shrink"):
         bitmap.grow(9)
+    for blocks in (0, 11):
+        with pytest.raises(ValueError, match="cut"):
+            bitmap.shrink(blocks)
     with pytest.raises(ValueError, match="sector"):
         bitmap.merge_sector(0, b"")
     with pytest.raises(ValueError, match="sector"):

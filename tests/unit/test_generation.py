@@ -195,7 +195,7 @@ def test_sizes() -> None:
     assert agreed(replace(small, is_primary=True), large).size_bytes == GIB
     newer = replace(large, generations=Generations(6, 5))
     assert agreed(small, newer).kind is Kind.REFUSED
-    assert "resize" in agreed(small, newer).reason
+    assert "create-md --force" in agreed(small, newer).reason
     older = replace(large, generations=Generations(4))
     verdict = agreed(replace(small, generations=Generations(5, 4)), older)
     assert (verdict.kind, verdict.size_bytes) == (Kind.SOURCE, GIB)
