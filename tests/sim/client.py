@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import random
 from collections.abc import Coroutine, Mapping
 from typing import TYPE_CHECKING, Any
@@ -87,6 +88,8 @@ class Workload:
         self.errors = 0
         self._busy: dict[int, int] = {}  # sector -> writes in flight
         self._hot = 0
+        self._names = [name for name, _ in scenario.mix]
+        self._weights = list(itertools.accumulate(weight for _, weight in scenario.mix))
 
     @property
     def idle(self) -> bool:
@@ -124,8 +127,7 @@ class Workload:
         client = self.connection(machine)
         if client is None or len(client.pending) >= self.scenario.depth:
             return
-        names = [name for name, _ in self.scenario.mix]
-        (name,) = self.rng.choices(names, [weight for _, weight in self.scenario.mix])
+        (name,) = self.rng.choices(self._names, cum_weights=self._weights)
         machine.world.enter(client.incarnation.loop, getattr(self, f"_{name}"), machine, client)
 
     def _place(self, longest: int) -> tuple[int, int] | None:
@@ -139,7 +141,7 @@ class Workload:
         if rng.random() < 0.4:
             first &= ~7
         first = min(first, total - count)
-        if not self.scenario.overlap and any(sector in self._busy for sector in range(first, first + count)):
+        if not self.scenario.overlap and not self._busy.keys().isdisjoint(range(first, first + count)):
             return None
         return first, count
 
@@ -150,8 +152,9 @@ class Workload:
             self.values += 1
             value = self.values
         entries = self.oracle.issue(machine, first, count, value)
+        busy = self._busy
         for sector in range(first, first + count):
-            self._busy[sector] = self._busy.get(sector, 0) + 1
+            busy[sector] = busy.get(sector, 0) + 1
         self.requests += 1
         return value, entries
 

@@ -3,7 +3,7 @@
 import asyncio
 import errno
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 SECTOR = 512
 BLOCK = 4096
-_NO_SECTOR = bytes(SECTOR)
+#: A sector, the number of the write that it shows, and its bytes.
+Page = tuple[int, int, bytearray]
 
 
 @dataclass
@@ -43,6 +44,9 @@ class SimDisk:
         self.size_bytes = size_bytes
         self.cache = bytearray(size_bytes)
         self.durable = bytearray(size_bytes)
+        #: The first eight bytes of each sector as a number: which write it is of (`tests.sim.client.payload`).
+        self.values = memoryview(self.cache).cast("Q")[:: SECTOR // 8]
+        self.durable_values = memoryview(self.durable).cast("Q")[:: SECTOR // 8]
         #: Sector -> number of its last write, for sectors written since they were last made durable.
         self.dirty: dict[int, int] = {}
         self.version = 0
@@ -67,8 +71,7 @@ class SimDisk:
             raise AssertionError(f"a write of {length} bytes at {offset} of {self.size_bytes}")
         self.cache[offset : offset + length] = data
         first, count = offset // SECTOR, length // SECTOR
-        for block in range(offset // BLOCK, -(-(offset + length) // BLOCK)):
-            self._allocated[block] = 1
+        self._allocate(offset, length)
         self._touched(first, count)
 
     def zero(self, offset: int, length: int, punch: bool) -> None:
@@ -77,22 +80,28 @@ class SimDisk:
             for block in range(-(-offset // BLOCK), (offset + length) // BLOCK):
                 self._allocated[block] = 0
         else:
-            for block in range(offset // BLOCK, -(-(offset + length) // BLOCK)):
-                self._allocated[block] = 1
+            self._allocate(offset, length)
         self._touched(offset // SECTOR, -(-length // SECTOR))
+
+    def _allocate(self, offset: int, length: int) -> None:
+        first, last = offset // BLOCK, -(-(offset + length) // BLOCK)
+        self._allocated[first:last] = b"\1" * (last - first)
 
     def _touched(self, first: int, count: int) -> None:
         self.version += 1
-        version, dirty = self.version, self.dirty
-        for sector in range(first, first + count):
-            dirty[sector] = version
-            if self._unwritten:
+        version = self.version
+        self.dirty.update(dict.fromkeys(range(first, first + count), version))
+        if self._unwritten:
+            for sector in range(first, first + count):
                 self._unwritten.pop(sector, None)
         self.wrote(first, count)
         rate = self.faults.write_back
         if rate and self.rng.random() < rate:
             chosen = [sector for sector in range(first, first + count) if self.rng.random() < 0.5]
-            self._persist([(sector, version, self._sector(sector)) for sector in chosen], clean=False)
+            self._persist(
+                [(sector, version, self.cache[sector * SECTOR : (sector + 1) * SECTOR]) for sector in chosen],
+                clean=False,
+            )
 
     def next_data(self, offset: int, end: int) -> tuple[int, int]:
         allocated = self._allocated
@@ -106,34 +115,37 @@ class SimDisk:
 
     # ── the medium ───────────────────────────────────────────────────────────────────────────────────────────
 
-    def _sector(self, sector: int) -> bytes:
-        return bytes(self.cache[sector * SECTOR : (sector + 1) * SECTOR])
-
-    def snapshot(self, first: int | None = None, count: int = 0) -> list[tuple[int, int, bytes]]:
+    def snapshot(self, first: int | None = None, count: int = 0) -> list[Page]:
         """What a flush that begins now will have made durable when it ends."""
+        cache, dirty = self.cache, self.dirty
         if first is None:
-            return [(sector, version, self._sector(sector)) for sector, version in self.dirty.items()]
-        return [(s, self.dirty[s], self._sector(s)) for s in range(first, first + count) if s in self.dirty]
+            sectors: Iterable[int] = dirty
+        else:
+            sectors = [sector for sector in range(first, first + count) if sector in dirty]
+        return [(sector, dirty[sector], cache[sector * SECTOR : sector * SECTOR + SECTOR]) for sector in sectors]
 
-    def _persist(self, pages: list[tuple[int, int, bytes]], *, clean: bool = True) -> None:
+    def _persist(self, pages: list[Page], *, clean: bool = True) -> None:
+        durable, versions, dirty = self.durable, self._durable_version, self.dirty
         changed = []
         for sector, version, data in pages:
-            if self._durable_version.get(sector, 0) < version:
-                self._durable_version[sector] = version
-                self.durable[sector * SECTOR : (sector + 1) * SECTOR] = data
+            is_newer = versions.get(sector, 0) < version
+            if is_newer:
+                versions[sector] = version
+                durable[sector * SECTOR : sector * SECTOR + SECTOR] = data
+            if clean and dirty.get(sector) == version:
+                del dirty[sector]
                 changed.append(sector)
-            if clean and self.dirty.get(sector) == version:
-                del self.dirty[sector]
+            elif is_newer:
                 changed.append(sector)
         if changed:
             self.durable_changes += 1
             self.persisted(changed)
 
-    def flushed(self, pages: list[tuple[int, int, bytes]]) -> None:
+    def flushed(self, pages: list[Page]) -> None:
         """The pages of a snapshot are on the medium."""
         self._persist(pages)
 
-    def drop(self, pages: list[tuple[int, int, bytes]]) -> None:
+    def drop(self, pages: list[Page]) -> None:
         """A flush failed: some of its pages were written, the others are no longer dirty, and may be forgotten."""
         kept = [page for page in pages if self.rng.random() < 0.5]
         self._persist(kept)
@@ -382,7 +394,7 @@ class SimMetadataFile(_File):
         self._alive()
         self.incarnation.burn()
         disk = self.disk
-        pages: list[tuple[int, int, bytes]] = []
+        pages: list[Page] = []
 
         def begin() -> None:
             pages.extend(disk.snapshot())

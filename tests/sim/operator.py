@@ -34,6 +34,7 @@ class Operator:
         #: Verbs that change a role, under way; one at a time where two Primaries are forbidden.
         self._changing: dict[int, Machine] = {}
         self._numbers = 0
+        self._records = {machine.name: Durable(machine, cached=True) for machine in run.machines}
 
     def start(self) -> None:
         rates = [(name, rate, self._fault) for name, rate in self.scenario.fault_rates.items()]
@@ -178,10 +179,9 @@ class Operator:
             machine.rot()
         machine.boot()
 
-    @staticmethod
-    def _record(machine: "Machine") -> Side | None:
+    def _record(self, machine: "Machine") -> Side | None:
         """What this node would say of its copy if it were started now."""
-        records = Durable(machine, cached=True)
+        records = self._records[machine.name]
         records.refresh()
         return records.side()
 

@@ -1,5 +1,5 @@
-"""What must be true. The oracle knows every write, sees both disks, and decodes the durable metadata with the real
-decoder; it never asks the node's memory what is safe.
+"""What must be true. The oracle knows every write, sees both disks, and decodes the durable metadata with a reader of
+its own (`tests.sim.on_disk`); it never asks the node's memory what is safe.
 
 Each 512-byte sector has a log of writes, which ends at the newest one that is known to be flushed:
 
@@ -29,15 +29,13 @@ Copies      are byte-identical once both are Established and quiet.
 """
 
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-from replica import superblock as superblocks
-from replica.activity_log import recover
-from replica.bitmap import SECTOR_BYTES, Bitmap
-from replica.generation import Kind, Side, decide
+from replica.generation import Generations, Kind, Side, Verdict, decide
 from replica.states import Replication
-from replica.superblock import Superblock
 from tests.sim.disk import SECTOR
+from tests.sim.on_disk import Reader, Unreadable
 from tests.sim.trace import Trace, Violation
 
 if TYPE_CHECKING:
@@ -69,47 +67,33 @@ class Durable:
     def __init__(self, machine: "Machine", *, cached: bool = False) -> None:
         """`cached`: as a process that is started now would read them (for the operator)."""
         self.machine = machine
-        self._image = machine.metadata.cache if cached else machine.metadata.durable
+        self._cached = cached
+        self._reader = Reader(machine.metadata.cache if cached else machine.metadata.durable)
         self._version = -1
-        self.superblock: Superblock | None = None
+        self._covers: tuple[object, ...] = ()
+        self.superblock: SimpleNamespace | None = None
         self.raw_superblock = b""
         self.cover = 0  # one bit for each block: the activity log's and the bitmap's
 
     def refresh(self) -> bool:
-        """True when something is different now."""
+        """True when something may be different now."""
         disk = self.machine.metadata
-        if disk.durable_changes == self._version:
-            return False
-        self._version = disk.durable_changes
-        data = self._image
-        copies = [bytes(data[0:4096]), bytes(data[4096:8192])]
+        if not self._cached:
+            if disk.durable_changes == self._version:
+                return False
+            self._version = disk.durable_changes
+        reader = self._reader
         try:
-            chosen = superblocks.choose(copies, self.machine.name)
-        except superblocks.MetadataError:
-            self.superblock, self.cover = None, 0
+            reader.read()
+        except Unreadable:
+            self.superblock, self.cover, self._covers = None, 0, ()
             return True
-        superblock = self.superblock = chosen.superblock
-        self.raw_superblock = chosen.data
-        size, at = superblock.al_copy_bytes, superblock.al_offset
-        extents = recover([bytes(data[at + size * copy : at + size * (copy + 1)]) for copy in range(4)]).extents
-        blocks = superblock.blocks
-        full = (1 << blocks) - 1
-        shift = _extent_blocks()
-        mask = 0
-        for extent in extents if extents is not None else range(-(-blocks // shift)):
-            mask |= ((1 << shift) - 1) << (extent * shift)
-        bitmap = Bitmap(blocks)
-        if superblock.bitmap_default_ones:
-            bitmap.set_all()
-        offset, length = superblock.bitmap_region()
-        for sector in range(length // SECTOR_BYTES):
-            place = offset + sector * SECTOR_BYTES
-            bitmap.load_sector(sector, superblock.bitmap_epoch, bytes(data[place : place + SECTOR_BYTES]))
-        cursor = 0
-        while (run := bitmap.next_run(cursor, blocks)) is not None:
-            mask |= ((1 << run[1]) - 1) << run[0]
-            cursor = run[0] + run[1]
-        self.cover = mask & full
+        superblock = self.superblock = reader.superblock
+        self.raw_superblock = reader.raw
+        covers = (reader.extents, reader.bits, superblock.blocks)
+        if covers != self._covers:
+            self._covers = covers
+            self.cover = reader.bits | _blocks_of(reader.extents, superblock.blocks)
         return True
 
     def side(self) -> Side | None:
@@ -119,7 +103,7 @@ class Durable:
             return None
         return Side(
             node=self.machine.name,
-            generations=superblock.generations,
+            generations=_generations(superblock),
             size_bytes=superblock.size_bytes,
             just_created=superblock.just_created,
             inconsistent=superblock.inconsistent,
@@ -129,10 +113,35 @@ class Durable:
         )
 
 
+def _generations(superblock: SimpleNamespace) -> Generations:
+    ids = superblock.generations
+    return Generations(ids.current, ids.base, tuple(ids.history))
+
+
+def _blocks_of(extents: Iterable[int] | None, blocks: int) -> int:
+    """One bit for each of a volume's blocks that lies in these extents (None: in any)."""
+    full = (1 << blocks) - 1
+    if extents is None:
+        return full
+    shift = _extent_blocks()
+    mask = 0
+    for extent in extents:
+        mask |= ((1 << shift) - 1) << (extent * shift)
+    return mask & full
+
+
 def _extent_blocks() -> int:
     from replica import activity_log
 
     return activity_log.EXTENT_SIZE >> 12
+
+
+_WHOLE_BLOCK = bytes.maketrans(b"01", b"\0\xff")
+
+
+def _sectors_of(blocks: int) -> int:
+    """One bit for each sector of these blocks: eight for one."""
+    return int.from_bytes(f"{blocks:b}".encode().translate(_WHOLE_BLOCK), "big")
 
 
 class Lineage:
@@ -144,11 +153,27 @@ class Lineage:
         self.acks = 0
 
     def add(self, entry: Entry) -> None:
-        self.log.setdefault(entry.sector, [Entry(entry.sector, 0, -1)])
-        first = self.log[entry.sector][0]
-        if first.issue == -1 and first.level == PENDING:
-            first.level, first.end = FLUSHED, 0
-        self.log[entry.sector].append(entry)
+        entries = self.log.get(entry.sector)
+        if entries is None:
+            zeroes = Entry(entry.sector, 0, -1)
+            zeroes.level, zeroes.end = FLUSHED, 0
+            entries = self.log[entry.sector] = [zeroes]
+        entries.append(entry)
+
+    def allows(self, sector: int, value: int, *, level: int = ACKED) -> bool:
+        """`value in allowed(sector, level=level)`, quickly: nothing supersedes the newest write."""
+        entries = self.log.get(sector)
+        if entries is not None and entries[-1].value == value:
+            return True
+        return value in self.allowed(sector, level=level)
+
+    def holds(self, entry: Entry, value: int) -> bool:
+        """Whether a sector of this value has the write or one that is not older."""
+        entries = self.log[entry.sector]
+        if entries[-1].value == value:
+            return True
+        issue = entry.issue
+        return any(e.value == value and (e.end is None or e.end > issue) for e in entries)
 
     def allowed(self, sector: int, *, level: int = ACKED, before: int | None = None) -> set[int]:
         """Values the sector may have, as far as writes of at least `level` that ended by `before` force it."""
@@ -190,9 +215,11 @@ class Oracle:
         self._pending: dict[int, list[Entry]] = {}  # value -> entries of the write, in order of sectors
         self._asked_of: dict[Entry, Machine] = {}  # pending writes
         self._zeroes: dict[int, list[Entry]] = {}  # sector -> pending writes of zeroes
-        self._differ: dict[int, None] = {}
-        self._verdict_full = True
-        self._cover = 0
+        self._differ = 0  # one bit for each sector
+        #: The sectors that must not differ: one bit each; 0 while the verdict would be a full resync.
+        self._uncovered = 0
+        self._judged: tuple[object, ...] = ()
+        self._verdict: Verdict | None = None
         for machine in machines:
             machine.data.wrote = self._wrote_by(machine)
             machine.data.persisted = self._persisted
@@ -212,21 +239,18 @@ class Oracle:
     # ── what the disks do ────────────────────────────────────────────────────────────────────────────────────
 
     def _wrote_by(self, machine: "Machine"):  # type: ignore[no-untyped-def]
-        bit, cache, pending, differ = machine.bit, machine.data.cache, self._pending, self._differ
+        bit, values, pending, zeroes = machine.bit, machine.data.values, self._pending, self._zeroes
 
         def wrote(first: int, count: int) -> None:
-            for sector in range(first, first + count):
-                place = sector * SECTOR
-                value = int.from_bytes(cache[place : place + 8], "little")
-                if value in pending:
-                    entries = pending[value]
-                    entries[sector - entries[0].sector].applied |= bit
-                elif not value and sector in self._zeroes:
-                    for entry in self._zeroes[sector]:
+            for sector, value in enumerate(values[first : first + count].tolist(), first):
+                if value:
+                    entries = pending.get(value)
+                    if entries is not None:
+                        entries[sector - entries[0].sector].applied |= bit
+                elif sector in zeroes:
+                    for entry in zeroes[sector]:
                         entry.applied |= bit
-                if sector not in differ:
-                    differ[sector] = None
-                    self._check_covered(sector)
+            self._may_differ(((1 << count) - 1) << first)
 
         return wrote
 
@@ -249,8 +273,7 @@ class Oracle:
 
     def _holds(self, lineage: Lineage, machine: "Machine", entry: Entry) -> bool:
         """Whether this machine's image has this write or one that is not older."""
-        value = self.value_of(machine.data.cache, entry.sector)
-        return any(e.value == value and (e.end is None or e.end > entry.issue) for e in lineage.log[entry.sector])
+        return lineage.holds(entry, machine.data.values[entry.sector])
 
     @staticmethod
     def _demote(lineage: Lineage, entry: Entry) -> None:
@@ -260,19 +283,17 @@ class Oracle:
             lineage.acked.pop(entry, None)
 
     def _persisted(self, sectors: Iterable[int]) -> None:
-        one, two = self.machines
+        one, two = (machine.data for machine in self.machines)
+        same = different = 0
         for sector in sectors:
-            place = slice(sector * SECTOR, (sector + 1) * SECTOR)
-            if (
-                sector in one.data.dirty
-                or sector in two.data.dirty
-                or one.data.durable[place] != two.data.durable[place]
-            ):
-                if sector not in self._differ:
-                    self._differ[sector] = None
-                    self._check_covered(sector)
+            start = sector * SECTOR
+            stop = start + SECTOR
+            if sector in one.dirty or sector in two.dirty or one.durable[start:stop] != two.durable[start:stop]:
+                different |= 1 << sector
             else:
-                self._differ.pop(sector, None)
+                same |= 1 << sector
+        self._differ &= ~same
+        self._may_differ(different)
 
     # ── Cover and Direction ──────────────────────────────────────────────────────────────────────────────────
 
@@ -284,26 +305,32 @@ class Oracle:
         mine, peer = one.side(), two.side()
         if mine is None or peer is None:
             # A new copy being made, or damage that the fault model keeps to one copy.
-            self._verdict_full = True
+            self._uncovered, self._judged = 0, ()
             return
-        verdict = decide(mine, peer)
-        self._cover = one.cover | two.cover
-        by_bitmap = verdict.kind in (Kind.SOURCE, Kind.TARGET) and not verdict.full
-        self._verdict_full = not (by_bitmap or verdict.kind is Kind.IN_SYNC)
         self.checks += 1
-        if not self._verdict_full:
-            for sector in self._differ:
-                if not self._cover >> (sector >> 3) & 1:
-                    self._uncovered(sector, f"would be {verdict.kind} ({verdict.rule})")
-                    return
+        found = (mine, peer, one.cover, two.cover)
+        verdict = self._verdict
+        if verdict is None or found != self._judged:
+            self._judged = found
+            verdict = self._verdict = decide(mine, peer)
+            by_bitmap = verdict.kind in (Kind.SOURCE, Kind.TARGET) and not verdict.full
+            every = (1 << max(mine.size_bytes, peer.size_bytes) // SECTOR) - 1
+            limited = by_bitmap or verdict.kind is Kind.IN_SYNC
+            self._uncovered = every & ~_sectors_of(one.cover | two.cover) if limited else 0
+        if self._differ & self._uncovered:
+            self._fail_cover(self._differ & self._uncovered, f"would be {verdict.kind} ({verdict.rule})")
+            return
         if (one.raw_superblock, two.raw_superblock) != raw:
             self._check_direction(verdict.kind, verdict.rule)
 
-    def _check_covered(self, sector: int) -> None:
-        if not self._verdict_full and not self._cover >> (sector >> 3) & 1:
-            self._uncovered(sector, "changed")
+    def _may_differ(self, sectors: int) -> None:
+        """These (one bit for each) may differ from here on."""
+        self._differ |= sectors
+        if sectors & self._uncovered:
+            self._fail_cover(sectors & self._uncovered, "changed")
 
-    def _uncovered(self, sector: int, why: str) -> None:
+    def _fail_cover(self, sectors: int, why: str) -> None:
+        sector = (sectors & -sectors).bit_length() - 1
         words = "; ".join(
             f"{m.name} durable {self.value_of(m.data.durable, sector):x} cache {self.value_of(m.data.cache, sector):x}"
             f"{' dirty' if sector in m.data.dirty else ''}"
@@ -317,9 +344,10 @@ class Oracle:
         for machine, sources in ((self.machines[0], Kind.SOURCE), (self.machines[1], Kind.TARGET)):
             if kind is Kind.IN_SYNC or kind is sources:
                 lineage = self.lineage[machine.name]
+                values = machine.data.durable_values
                 for sector in lineage.log:
-                    value = self.value_of(machine.data.durable, sector)
-                    if value not in lineage.allowed(sector, level=FLUSHED):
+                    value = values[sector]
+                    if not lineage.allows(sector, value, level=FLUSHED):
                         self.fail(
                             "Direction",
                             f"{machine.name} would be source after a power cut of both ({rule}) and lacks a flushed "
@@ -436,9 +464,8 @@ class Oracle:
             required.append(follower)
         for entry in entries:
             for one in required:
-                value = self.value_of(one.data.durable, entry.sector)
-                log = lineage.log[entry.sector]
-                if not any(e.value == value and (e.end is None or e.end > entry.issue) for e in log):
+                value = one.data.durable_values[entry.sector]
+                if not lineage.holds(entry, value):
                     self.fail(
                         "Flush",
                         f"{machine.name} answered a {what}, but {one.name} has {value:x} durable at sector "
@@ -600,11 +627,11 @@ class Oracle:
     def check_image(self, machine: "Machine", rule: str) -> None:
         """Every sector that was ever written shows an allowed value on this machine."""
         lineage = self.lineage[machine.name]
+        values = machine.data.values
         for sector in lineage.log:
-            value = self.value_of(machine.data.cache, sector)
-            allowed = lineage.allowed(sector)
-            if value not in allowed:
-                self._wrong(rule, machine, sector, value, allowed)
+            value = values[sector]
+            if not lineage.allows(sector, value):
+                self._wrong(rule, machine, sector, value, lineage.allowed(sector))
                 return
 
     def check_copies(self) -> None:
