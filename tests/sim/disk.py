@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 SECTOR = 512
 BLOCK = 4096
+_ZEROES = bytes(SECTOR)
 #: A sector, the number of the write that it shows, and its bytes.
 Page = tuple[int, int, bytearray]
 
@@ -156,10 +157,7 @@ class SimDisk:
             if not forget:
                 self._unwritten[sector] = None
             else:
-                place = slice(sector * SECTOR, (sector + 1) * SECTOR)
-                self.cache[place] = self.durable[place]
-                if any(self.durable[place]):
-                    self._allocated[sector * SECTOR // BLOCK] = 1
+                self._forget(sector)
         if gone:
             self.durable_changes += 1
             self.lost(gone)
@@ -170,12 +168,16 @@ class SimDisk:
         gone = [sector for sector in self._unwritten if sector not in self.dirty]
         self._unwritten.clear()
         for sector in gone:
-            place = slice(sector * SECTOR, (sector + 1) * SECTOR)
-            self.cache[place] = self.durable[place]
-            if any(self.durable[place]):
-                self._allocated[sector * SECTOR // BLOCK] = 1
+            self._forget(sector)
         if gone:
             self.lost(gone)
+
+    def _forget(self, sector: int) -> None:
+        """The cache shows what is on the medium."""
+        at = sector * SECTOR
+        data = self.cache[at : at + SECTOR] = self.durable[at : at + SECTOR]
+        if data != _ZEROES:
+            self._allocated[at // BLOCK] = 1
 
     @property
     def has_unwritten(self) -> bool:
@@ -189,10 +191,7 @@ class SimDisk:
         self._persist([page for page in pages if self.rng.random() < keep])
         lost = list(self.dirty | self._unwritten)
         for sector in lost:
-            place = slice(sector * SECTOR, (sector + 1) * SECTOR)
-            self.cache[place] = self.durable[place]
-            if any(self.durable[place]):
-                self._allocated[sector * SECTOR // BLOCK] = 1
+            self._forget(sector)
         self.dirty.clear()
         self._unwritten.clear()
         self.durable_changes += 1

@@ -1,11 +1,16 @@
 """A virtual clock, and event loops that live on it: one for each incarnation of a node."""
 
 import asyncio
+import functools
 import heapq
 from asyncio.events import _set_running_loop
 from collections import deque
 from collections.abc import Callable
 from typing import Any
+
+
+#: Steps without an end are a livelock.
+MOST_STEPS = 2_000_000
 
 
 class MachineDied(BaseException):
@@ -42,10 +47,13 @@ class World:
         self.now_s = 0.0
         self.steps = 0
         self.complaints: list[str] = []
+        #: Nothing more is to happen: somebody complained, or a rule is broken.
+        self.halted = False
         self._count = 0
         self._timers: list[Handle] = []
         self._ready: deque[Handle] = deque()
         self._current: NodeLoop | None = None
+        self._running: NodeLoop | None = None  # what asyncio takes for the running loop
 
     def soon(self, owner: "NodeLoop | None", callback: Callable[..., Any], args: tuple[Any, ...]) -> Handle:
         handle = Handle((0.0, 0, owner, callback, args))
@@ -57,7 +65,10 @@ class World:
         return self.timer(None, when_s, callback, args)
 
     def after(self, delay_s: float, callback: Callable[..., Any], *args: Any) -> Handle:
-        return self.timer(None, self.now_s + delay_s, callback, args)
+        self._count += 1
+        handle = Handle((self.now_s + delay_s, self._count, None, callback, args))
+        heapq.heappush(self._timers, handle)
+        return handle
 
     def timer(
         self, owner: "NodeLoop | None", when_s: float, callback: Callable[..., Any], args: tuple[Any, ...]
@@ -73,7 +84,8 @@ class World:
         if loop.dead:
             return None
         before, self._current = self._current, loop
-        _set_running_loop(loop)
+        if self._running is not loop:
+            self._set_running(loop)
         try:
             return callback(*args)
         except MachineDied:
@@ -84,7 +96,17 @@ class World:
             return None
         finally:
             self._current = before
-            _set_running_loop(before)
+            if before is not None and before is not loop:
+                self._set_running(before)
+
+    def _set_running(self, loop: "NodeLoop | None") -> None:
+        """What asyncio takes for the running loop; left as it is between events, for the next is often of the same."""
+        self._running = loop
+        _set_running_loop(loop)
+
+    def close(self) -> None:
+        """Nothing happens any more."""
+        self._set_running(None)
 
     def complain(self, loop: "NodeLoop", error: BaseException) -> None:
         """A callback of the node raised, which a real loop would log and no node may do."""
@@ -93,32 +115,36 @@ class World:
         while trace is not None:
             frames.append(f"{trace.tb_frame.f_code.co_name}:{trace.tb_lineno}")
             trace = trace.tb_next
+        self.halted = True
         self.complaints.append(f"{loop.name}: {type(error).__name__}: {error} ({' > '.join(frames[-6:])})")
 
-    def run(self, until: Callable[[], bool], limit_s: float) -> bool:
-        """Let things happen until `until()`; False when `limit_s` (virtual) or the last event came first."""
+    def run(self, until: Callable[[], bool] | None, limit_s: float) -> bool:
+        """Let things happen until `until()` or `halted`; False when `limit_s` (virtual) or the last event came first."""
         ready, timers = self._ready, self._timers
-        while not until():
+        while not (self.halted or (until is not None and until())):
             if ready:
                 _, _, owner, callback, args = ready.popleft()
             elif timers:
                 when_s = timers[0][0]
                 if when_s > limit_s:
                     self.now_s = limit_s
-                    return until()
+                    return until is not None and until()
                 _, _, owner, callback, args = heapq.heappop(timers)
                 if callback is _nothing:
                     continue
                 self.now_s = when_s
             else:
-                return until()
+                return False
             self.steps += 1
+            if self.steps > MOST_STEPS:
+                self.halted = True
             if owner is None:
                 callback(*args)
             elif not owner.dead:
                 # As `enter` does; written out, for most steps are these.
                 self._current = owner
-                _set_running_loop(owner)
+                if self._running is not owner:
+                    self._set_running(owner)
                 try:
                     callback(*args)
                 except MachineDied:
@@ -128,7 +154,6 @@ class World:
                         self.complain(owner, error)
                 finally:
                     self._current = None
-                    _set_running_loop(None)
         return True
 
 
@@ -140,6 +165,7 @@ class NodeLoop(asyncio.AbstractEventLoop):
         self.name = name
         self.dead = False
         self._soon = world._ready.append
+        self.create_future = functools.partial(asyncio.Future, loop=self)  # type: ignore[method-assign]
 
     def time(self) -> float:
         return self.world.now_s
@@ -157,9 +183,6 @@ class NodeLoop(asyncio.AbstractEventLoop):
 
     def call_later(self, delay: float, callback: Any, *args: Any, context: Any = None) -> Any:
         return self.world.timer(self, self.world.now_s + delay, callback, args)
-
-    def create_future(self) -> Any:
-        return asyncio.Future(loop=self)
 
     def create_task(self, coro: Any, *, name: Any = None, context: Any = None) -> Any:
         return asyncio.Task(coro, loop=self, name=name)

@@ -62,10 +62,10 @@ def superblock_copy(data: bytes) -> tuple[int, int, bytes] | None:
 
 def log_copy(data: bytes) -> tuple[int, frozenset[int]] | tuple[()] | None:
     """(sequence, extents) of one copy of the activity log; (): never written; None: damaged."""
-    if data == bytes(len(data)):
-        return ()
     found = _checked(data, b"RplcaAL\n", 4)
-    if found is None or found[0] != 1:
+    if found is None:
+        return () if data == bytes(len(data)) else None
+    if found[0] != 1:
         return None
     return found[2], frozenset(struct.unpack(f"<{found[1]}I", found[3]))
 
@@ -145,10 +145,9 @@ class Reader:
         self._read_bitmap(previous)
 
     def _decoded(self, at: int, length: int, decode: Any) -> Any:
-        data = self._image[at : at + length]
         seen = self._seen.get(at)
-        if seen is None or seen[0] != data:
-            raw = bytes(data)
+        if seen is None or not self._image.startswith(seen[0], at) or len(seen[0]) != length:
+            raw = bytes(self._image[at : at + length])
             seen = self._seen[at] = (raw, decode(raw))
         return seen[1]
 

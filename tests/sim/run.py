@@ -1,6 +1,7 @@
 """One seed from its first event to its last check, and the command line over many of them."""
 
 import argparse
+import asyncio
 import contextlib
 import gc
 import logging
@@ -11,13 +12,14 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import replica.tasks
 from replica.link import PeerLink
 from replica.states import Replication
 from tests.sim.client import Workload
-from tests.sim.loop import World
+from tests.sim.loop import MOST_STEPS, World
 from tests.sim.network import Network
 from tests.sim.node import Incarnation, Machine
 from tests.sim.operator import TICK_S, Operator
@@ -27,8 +29,6 @@ from tests.sim.trace import Trace
 
 #: Virtual time that two whole machines have to become Established again when all faults have ended.
 RECOVERY_S = 60.0
-#: Steps without an end are a livelock.
-MOST_STEPS = 2_000_000
 
 
 @dataclass
@@ -99,10 +99,6 @@ class Run:
 
     # ── the course of a run ──────────────────────────────────────────────────────────────────────────────────
 
-    def _stopped(self) -> bool:
-        world = self.world
-        return world.steps > MOST_STEPS or bool(world.complaints) or self.oracle.violation is not None
-
     def execute(self) -> None:
         """Chaos, then recovery, then the last checks."""
         world = self.world
@@ -111,8 +107,8 @@ class Run:
             machine.boot()
         self._request()
         self.operator.start()
-        world.run(self._stopped, self.scenario.duration_s)
-        if not self._stopped():
+        world.run(None, self.scenario.duration_s)
+        if not world.halted:
             self._recover()
         if self.world.complaints:
             self.oracle.fail("Fault of the node", "; ".join(self.world.complaints[:3]))
@@ -155,8 +151,8 @@ class Run:
         """Care for the pair until `done()`; a violation of liveness when that takes too long."""
         limit_s = self.world.now_s + RECOVERY_S
         while self.world.now_s < limit_s:
-            if self.world.run(lambda: self._stopped() or done(), self.world.now_s + TICK_S):
-                return not self._stopped()
+            if self.world.run(done, self.world.now_s + TICK_S):
+                return not self.world.halted
             for machine in self.machines:
                 machine.boot()
             self.operator.care()
@@ -281,6 +277,9 @@ def quiet(*, echo: bool = False) -> Iterator[_Listen]:
     # Coroutines of dead incarnations complain when they are collected; that is what being dead means.
     sys.unraisablehook = lambda _: None
     PeerLink.__hash__ = _link_hash  # type: ignore[method-assign, assignment]
+    # asyncio lists all tasks for debuggers, in a set of weak references: much work for each task, and nobody asks.
+    every_task = vars(getattr(asyncio.tasks, "_all_tasks", SimpleNamespace()))
+    every_task["add"] = id
     collecting = gc.isenabled()
     gc.collect()
     gc.freeze()
@@ -294,6 +293,7 @@ def quiet(*, echo: bool = False) -> Iterator[_Listen]:
         logger.setLevel(before[0])
         logger.propagate, sys.unraisablehook = before[1], before[2]
         PeerLink.__hash__ = before[3]  # type: ignore[method-assign]
+        del every_task["add"]
         gc.unfreeze()
         if collecting:
             gc.enable()
@@ -317,6 +317,7 @@ def run_seed(
             return run.outcome(checksum=checksum)
         finally:
             listen.run = None
+            run.world.close()
             for machine in run.machines:
                 if machine.incarnation is not None:
                     machine.incarnation.dead = machine.incarnation.loop.dead = True

@@ -201,6 +201,12 @@ def _disk(rng: random.Random, calm: bool) -> DiskFaults:
 # ── what a scenario needs of the node's modules ──────────────────────────────────────────────────────────────
 
 
+@functools.lru_cache(maxsize=1)
+def _node_modules(_loaded: int) -> list[Any]:
+    """The node's modules among the loaded ones; looked for anew when there are more."""
+    return [module for name, module in sorted(sys.modules.items()) if name.startswith("replica.")]
+
+
 @contextmanager
 def patched(scenario: Scenario) -> Iterator[None]:
     """The node's constants as this seed has them; the extent size in every module that has taken it over."""
@@ -211,12 +217,11 @@ def patched(scenario: Scenario) -> Iterator[None]:
         setattr(module, name, value)
 
     try:
-        for name, module in sorted(sys.modules.items()):
-            if name.startswith("replica.") and module is not None:
-                if "EXTENT_SHIFT" in vars(module):
-                    put(module, "EXTENT_SHIFT", scenario.extent_shift)
-                if "EXTENT_SIZE" in vars(module):
-                    put(module, "EXTENT_SIZE", 1 << scenario.extent_shift)
+        for module in _node_modules(len(sys.modules)):
+            if "EXTENT_SHIFT" in vars(module):
+                put(module, "EXTENT_SHIFT", scenario.extent_shift)
+            if "EXTENT_SIZE" in vars(module):
+                put(module, "EXTENT_SIZE", 1 << scenario.extent_shift)
         for (name, constant), value in scenario.constants.items():
             put(sys.modules[f"replica.{name}"], constant, value)
         yield

@@ -14,14 +14,14 @@ class Trace:
     """The events of one run. `echo` prints each one as it comes."""
 
     def __init__(self, world: World, keep: int = 400, *, echo: bool = False) -> None:
-        self._world = world
+        self.world = world
         self._echo = echo
         self.lines: deque[str] = deque(maxlen=keep)
         self.checksum = 0
         self.counts: dict[str, int] = {}
 
     def note(self, text: str) -> None:
-        line = f"{self._world.now_s:10.6f} {text}"
+        line = f"{self.world.now_s:10.6f} {text}"
         self.checksum = zlib.crc32(line.encode(), self.checksum)
         self.lines.append(line)
         if self._echo:
