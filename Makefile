@@ -19,6 +19,7 @@ BENCH_COLUMNS := min,median,mean,stddev,ops,rounds,iterations
 
 SEEDS ?= 1000
 START ?= 1
+JOBS ?= 0
 ROUNDS ?= 60
 
 .PHONY: help venv setup demo test lint format bench soak sim sim-canaries clean
@@ -79,11 +80,11 @@ bench: setup ## write latency and throughput (pytest-benchmark)
 soak: setup ## the kill loop alone, ROUNDS=60 rounds (REPLICA_SEED= replays)
 	REPLICA_KILL_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest tests/cluster/test_kill_loop.py --timeout=0 $(PYTEST_ARGS)
 
-sim: venv ## the deterministic simulator: SEEDS=1000 runs from START=1
-	$(BIN)/python -m tests.sim --seeds $(SEEDS) --start $(START)
+sim: venv ## the deterministic simulator: SEEDS=1000 runs from START=1, JOBS=0 (one for each processor)
+	$(BIN)/python -m tests.sim --seeds $(SEEDS) --start $(START) --jobs $(JOBS)
 
 sim-canaries: venv ## how many seeds the simulator takes to find each planted bug
-	$(BIN)/python -m tests.sim.canaries
+	$(BIN)/python -m tests.sim --canary all --jobs $(JOBS)
 
 clean: ## remove everything that was made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -6,6 +6,7 @@ canary anew. `bias` makes the conditions that a bug needs likelier than in an or
 """
 
 import contextlib
+import functools
 import importlib
 import inspect
 import random
@@ -18,6 +19,7 @@ from typing import Any
 
 from tests.sim.run import Outcome, quiet, run_seed
 from tests.sim.scenario import Scenario
+from tests.sim.workers import in_order, is_over
 
 #: Each planted bug has to be found within so many seeds.
 MOST_SEEDS = 2000
@@ -360,34 +362,39 @@ def _importers(name: str, original: Any) -> list[Any]:
 
 def search(canary: Canary, start: int = 1, seeds: int = MOST_SEEDS) -> tuple[int, Outcome | None]:
     """(seeds it took, what was found), or (seeds, None). What the same seed finds without the bug does not count."""
-    for count in range(1, seeds + 1):
-        seed = start + count - 1
-        with planted(canary), quiet() as listen:
-            outcome = run_seed(seed, listen, bias=canary.bias)
-        if outcome.violation is not None:
-            with quiet() as listen:
-                control = run_seed(seed, listen, bias=canary.bias)
-            if control.violation is None:
-                return count, outcome
+    with quiet() as listen:
+        for seed in range(start, start + seeds):
+            with planted(canary):
+                outcome = run_seed(seed, listen, bias=canary.bias)
+            if outcome.violation is not None and run_seed(seed, listen, bias=canary.bias).violation is None:
+                return seed - start + 1, outcome
+            if is_over():
+                break
     return seeds, None
 
 
-def hunt(name: str, start: int, seeds: int) -> int:
+def _timed_search(name: str, start: int, seeds: int) -> tuple[str, int, str | None, float]:
+    """(name, seeds it took, what was found or None, seconds it took)."""
+    began = time.monotonic()
+    count, outcome = search(find(name), start, seeds)
+    return name, count, outcome and outcome.violation, time.monotonic() - began
+
+
+def hunt(name: str, start: int, seeds: int, jobs: int) -> int:
     """The command line: one canary, or 'all'. Prints how many seeds each took."""
-    chosen = CANARIES if name == "all" else (find(name),)
+    names = [canary.name for canary in CANARIES] if name == "all" else [find(name).name]
     missed = 0
-    for canary in chosen:
-        began = time.monotonic()
-        count, outcome = search(canary, start, seeds)
-        spent_s = time.monotonic() - began
-        if outcome is None:
-            missed += 1
-            print(f"{canary.name:28} NOT FOUND in {count} seeds ({spent_s:.1f} s)", flush=True)
-        else:
-            print(f"{canary.name:28} {count:5} seeds {spent_s:6.1f} s  {str(outcome.violation)[:110]}", flush=True)
-    print(f"{len(chosen) - missed} of {len(chosen)} planted bugs found")
+    work = functools.partial(_timed_search, start=start, seeds=seeds)
+    try:
+        with contextlib.closing(in_order(work, names, min(jobs, len(names)))) as results:
+            for found, count, violation, spent_s in results:
+                if violation is None:
+                    missed += 1
+                    print(f"{found:28} NOT FOUND in {count} seeds ({spent_s:.1f} s)", flush=True)
+                else:
+                    print(f"{found:28} {count:5} seeds {spent_s:6.1f} s  {violation[:110]}", flush=True)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    print(f"{len(names) - missed} of {len(names)} planted bugs found")
     return 1 if missed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(hunt("all", 1, MOST_SEEDS))

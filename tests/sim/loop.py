@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-
 #: Steps without an end are a livelock.
 MOST_STEPS = 2_000_000
 
@@ -119,7 +118,7 @@ class World:
         self.complaints.append(f"{loop.name}: {type(error).__name__}: {error} ({' > '.join(frames[-6:])})")
 
     def run(self, until: Callable[[], bool] | None, limit_s: float) -> bool:
-        """Let things happen until `until()` or `halted`; False when `limit_s` (virtual) or the last event came first."""
+        """Let things happen until `until()` or `halted`; False: `limit_s` (virtual) or the last event came first."""
         ready, timers = self._ready, self._timers
         while not (self.halted or (until is not None and until())):
             if ready:

@@ -1,13 +1,11 @@
-"""One seed from its first event to its last check, and the command line over many of them."""
+"""One seed from its first event to its last check."""
 
-import argparse
 import asyncio
 import contextlib
 import gc
 import logging
 import random
 import sys
-import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -234,11 +232,11 @@ class Run:
             self.workload.errors,
             self.oracle.checks,
             self.trace.counts,
-            list(self.trace.lines),
+            [] if violation is None else list(self.trace.lines),
         )
 
 
-class _Listen(logging.Handler):
+class Listen(logging.Handler):
     """What the node logs: a background task that failed unexpectedly is a fault; the rest goes to an echoed trace."""
 
     def __init__(self) -> None:
@@ -265,10 +263,10 @@ def _link_hash(link: PeerLink) -> int:
 
 
 @contextlib.contextmanager
-def quiet(*, echo: bool = False) -> Iterator[_Listen]:
+def quiet(*, echo: bool = False) -> Iterator[Listen]:
     """The process as the simulator needs it: no log output, no garbage collection in the middle of a run."""
     logger = logging.getLogger("replica")
-    listen = _Listen()
+    listen = Listen()
     listen.echo = echo
     before = (logger.level, logger.propagate, sys.unraisablehook, PeerLink.__hash__)
     logger.addHandler(listen)
@@ -301,7 +299,7 @@ def quiet(*, echo: bool = False) -> Iterator[_Listen]:
 
 def run_seed(
     seed: int,
-    listen: _Listen,
+    listen: Listen,
     *,
     bias: Callable[[Scenario, random.Random], None] | None = None,
     echo: bool = False,
@@ -324,62 +322,3 @@ def run_seed(
             replica.tasks._running.clear()
             del run
             gc.collect()
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """`python -m tests.sim`."""
-    parser = argparse.ArgumentParser(prog="python -m tests.sim", description="Run seeds of the simulator.")
-    parser.add_argument("--seeds", type=int, help="how many seeds to run (default 100, for a canary at most 2000)")
-    parser.add_argument("--start", type=int, default=1, help="the first seed (default 1)")
-    parser.add_argument("--canary", help="plant this bug and run until it is found; 'all': each of them, one by one")
-    parser.add_argument("--keep-going", action="store_true", help="go on after a seed that failed")
-    parser.add_argument("--verbose", action="store_true", help="print every event")
-    parser.add_argument("--checksums", action="store_true", help="print the checksum of each run")
-    options = parser.parse_args(arguments)
-    if options.canary:
-        from tests.sim import canaries
-
-        return canaries.hunt(options.canary, options.start, options.seeds or canaries.MOST_SEEDS)
-    options.seeds = options.seeds or 100
-    return campaign(options)
-
-
-def campaign(options: argparse.Namespace) -> int:
-    """Run the seeds, report failures with their trace, sum up."""
-    began = time.monotonic()
-    totals = {"runs": 0, "failed": 0, "steps": 0, "requests": 0, "answers": 0, "errors": 0, "checks": 0}
-    faults: dict[str, int] = {}
-    virtual_s = 0.0
-    with quiet(echo=options.verbose) as listen:
-        for seed in range(options.start, options.start + options.seeds):
-            outcome = run_seed(seed, listen, echo=options.verbose, checksum=options.checksums)
-            totals["runs"] += 1
-            virtual_s += outcome.virtual_s
-            for name in ("steps", "requests", "answers", "errors", "checks"):
-                totals[name] += getattr(outcome, name)
-            for kind, count in outcome.faults.items():
-                faults[kind] = faults.get(kind, 0) + count
-            if options.checksums:
-                print(f"seed {seed} checksum {outcome.checksum:08x}", flush=True)
-            if outcome.violation is not None:
-                totals["failed"] += 1
-                report(outcome)
-                if not options.keep_going:
-                    break
-    spent_s = time.monotonic() - began
-    print(
-        f"{totals['runs']} seeds, {totals['failed']} failed, {virtual_s:.0f} simulated seconds in {spent_s:.1f} s "
-        f"({totals['runs'] / spent_s:.1f} seeds/s, {virtual_s / spent_s:.1f} simulated s/s): {totals['requests']} "
-        f"requests, {totals['answers']} answers ({totals['errors']} errors), {totals['checks']} checks of Cover, "
-        f"{totals['steps']} steps"
-    )
-    print("faults and verbs: " + ", ".join(f"{kind} {count}" for kind, count in sorted(faults.items())))
-    return 1 if totals["failed"] else 0
-
-
-def report(outcome: Outcome, lines: int = 60) -> None:
-    """What a person needs to understand a failing seed."""
-    print(f"\nseed {outcome.seed} FAILED: {outcome.violation}")
-    for line in outcome.trace[-lines:]:
-        print(f"  {line}")
-    print(f"replay: python -m tests.sim --seeds 1 --start {outcome.seed} --verbose\n", flush=True)
