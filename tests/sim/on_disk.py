@@ -90,10 +90,9 @@ def log_extents(copies: list[Any]) -> frozenset[int] | None:
     valid = [copy for copy in copies if copy]
     if not valid:
         return None
-    if None in copies:
-        return frozenset().union(*(extents for _, extents in valid))
-    extents: frozenset[int] = max(valid, key=lambda copy: copy[0])[1]
-    return extents
+    newest = max(sequence for sequence, _ in valid)
+    counting = valid if None in copies else [copy for copy in valid if copy[0] == newest]
+    return frozenset().union(*(extents for _, extents in counting))
 
 
 def bitmap_sector(data: bytes, number: int, epoch: int, default_ones: bool, sector_bits: int) -> int:
