@@ -247,6 +247,13 @@ CANARIES = (
         "pass",
     ),
     Canary(
+        "bitmap-stretch-lost",
+        "of the changed sectors of the bitmap only the first ones that are neighbours are written",
+        "replica.metadata:Metadata._write_sectors",
+        "in _stretches(taken):",
+        "in list(_stretches(taken))[:1]:",
+    ),
+    Canary(
         "inconsistent-not-recorded",
         "a resync target is not durably Inconsistent before its first block changes",
         "replica.session:Session._be_target",

@@ -273,7 +273,9 @@ class Machine:
             written = [at for at in range(4) if any(logs[at])]
             place = (layout.al_offset + self.rng.choice(written) * layout.al_copy_bytes, 40)
         else:
-            place = (layout.bitmap_region()[0], SECTOR)
+            offset, length = layout.bitmap_region()
+            sectors = length // SECTOR
+            place = (offset + (self.rng.randrange(sectors) * SECTOR if sectors > 1 else 0), SECTOR)
             if not any(disk.read(*place)):
                 return  # a hole does not rot
         disk.rot(*place)

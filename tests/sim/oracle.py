@@ -32,6 +32,7 @@ from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+from replica import bitmap
 from replica.generation import Generations, Kind, Side, Verdict, decide
 from replica.states import Replication
 from tests.sim.disk import SECTOR
@@ -68,7 +69,8 @@ class Durable:
         """`cached`: as a process that is started now would read them (for the operator)."""
         self.machine = machine
         self._cached = cached
-        self._reader = Reader(machine.metadata.cache if cached else machine.metadata.durable)
+        image = machine.metadata.cache if cached else machine.metadata.durable
+        self._reader = Reader(image, sector_bits=bitmap.SECTOR_BITS)
         self._version = -1
         self._covers: tuple[object, ...] = ()
         self.superblock: SimpleNamespace | None = None

@@ -57,10 +57,12 @@ class Scenario:
     def summary(self) -> str:
         """One line for the trace."""
         rates = {**self.fault_rates, **self.verb_rates}
+        bits = self.constants.get(("bitmap", "SECTOR_BITS"))
         return (
             f"{self.size_bytes >> 10} KiB, extents of {1 << self.extent_shift >> 10} KiB, {self.al_slots} slots, "
             f"protocol {self.protocol}, {self.duration_s:.1f} s"
-            f"{', split brain accepted' if self.split_brain else ''}{', new copies' if self.fresh else ''}; "
+            f"{', split brain accepted' if self.split_brain else ''}{', new copies' if self.fresh else ''}"
+            f"{f', {bits} bits in a sector of the bitmap' if bits else ''}; "
             + ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items() if rate)
         )
 
@@ -148,6 +150,7 @@ def draw(seed: int, bias: Callable[[Scenario, random.Random], None] | None = Non
         final_power_cut=rng.random() < 0.4,
         rot=rng.choice((0.0, 0.0, 0.2)),
     )
+    scenario.constants |= _bitmap(scenario.rng("bitmap"))
     scenario.side["al_extents"] = al_slots
     scenario.side["protocol"] = scenario.protocol
     if bias is not None:
@@ -169,6 +172,14 @@ def _constants(rng: random.Random) -> dict[tuple[str, str], int | float]:
         ("session", "HANDSHAKE_TIMEOUT_S"): 5.0,
         ("verbs", "REQUEST_TIMEOUT_S"): 3.0,
     }
+
+
+def _bitmap(rng: random.Random) -> dict[tuple[str, str], int | float]:
+    """In some seeds a sector of the bitmap has so few bits that a small volume needs many."""
+    if rng.random() < 0.7:
+        return {}
+    bits = rng.choice((1, 5, 8, 24, 60))
+    return {("bitmap", "SECTOR_BITS"): bits, ("bitmap", "_FULL"): (1 << bits) - 1}
 
 
 def _side(rng: random.Random) -> dict[str, Any]:
