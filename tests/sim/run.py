@@ -210,6 +210,14 @@ class Run:
         if self._wait(self.in_sync, "become Established after the last power cut"):
             self._compare("after the last power cut")
 
+    def end(self) -> None:
+        """Nothing happens any more."""
+        self.world.close()
+        for machine in self.machines:
+            if machine.incarnation is not None:
+                machine.incarnation.dead = machine.incarnation.loop.dead = True
+        replica.tasks._running.clear()
+
     def _checksum(self) -> int:
         """Over everything that happened."""
         checksum = self.trace.checksum
@@ -315,10 +323,7 @@ def run_seed(
             return run.outcome(checksum=checksum)
         finally:
             listen.run = None
-            run.world.close()
-            for machine in run.machines:
-                if machine.incarnation is not None:
-                    machine.incarnation.dead = machine.incarnation.loop.dead = True
-            replica.tasks._running.clear()
+            run.end()
+            # Nothing of it must be left to be collected outside `quiet()`, where its coroutines would be heard.
             del run
             gc.collect()

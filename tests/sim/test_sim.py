@@ -48,8 +48,6 @@ def test_one_seed_is_one_run() -> None:
         done = subprocess.run(
             [
                 sys.executable,
-                "-W",
-                "ignore",
                 "-m",
                 "tests.sim",
                 "--seeds",
