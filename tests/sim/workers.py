@@ -1,13 +1,14 @@
 """Work spread over processes, with its results in the order of its items."""
 
 import contextlib
-import functools
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import CancelledError, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -29,7 +30,7 @@ def usable_cpus() -> int:
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], jobs: int, chunk: int = 1) -> Iterator[Result]:
     """`map(work, items)` by `jobs` processes; 1: by this one. Close the iterator to end them before the last item.
 
-    BrokenProcessPool when a worker was killed. Ctrl-C reaches the caller only; what a worker is at is ended with it.
+    BrokenProcessPool when a worker was killed. Ctrl-C reaches the caller only; a worker finishes the item it is at.
     """
     if jobs == 1:
         yield from map(work, items)
@@ -38,16 +39,19 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], jobs: int, c
     over = context.Event()
     executor = ProcessPoolExecutor(jobs, context, _begin, (over,))
     try:
-        yield from executor.map(functools.partial(_unless_over, work), items, chunksize=chunk)
+        source = iter(items)
+        chunks = iter(lambda: tuple(itertools.islice(source, chunk)), ())
+        under_way = deque(executor.submit(_unless_over, work, some) for some in itertools.islice(chunks, 4 * jobs))
+        while under_way:
+            yield from under_way.popleft().result()
+            under_way.extend(executor.submit(_unless_over, work, some) for some in itertools.islice(chunks, 1))
     finally:
         over.set()
         executor.shutdown(cancel_futures=True)
 
 
-def _unless_over(work: Callable[[Item], Result], item: Item) -> Result:
-    if is_over():
-        raise CancelledError  # nobody reads it
-    return work(item)
+def _unless_over(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    return [work(item) for item in items if not is_over()]  # once it is over, nobody reads them
 
 
 def _begin(over: Any) -> None:
