@@ -249,12 +249,21 @@ class Operator:
         self._do(machine, "disconnect", lambda node: node.verbs.disconnect())
 
     def verb_invalidate(self, machine: "Machine") -> None:
-        self.oracle.given_up[machine.name] = None
-        self._do(machine, "invalidate", lambda node: node.verbs.invalidate())
+        self._invalidate(machine, "invalidate", machine, lambda node: node.verbs.invalidate())
 
     def verb_invalidate_remote(self, machine: "Machine") -> None:
-        self.oracle.given_up[self.other(machine).name] = None
-        self._do(machine, "invalidate-remote", lambda node: node.verbs.invalidate_remote())
+        self._invalidate(machine, "invalidate-remote", self.other(machine), lambda node: node.verbs.invalidate_remote())
+
+    def _invalidate(
+        self, machine: "Machine", words: str, bad: "Machine", work: "Callable[[Resource], Coroutine[Any, Any, Any]]"
+    ) -> None:
+        self.oracle.given_up[bad.name] = None
+        self._do(
+            machine,
+            words,
+            work,
+            lambda error: None if error is None else self.oracle.given_up.pop(bad.name, None),
+        )
 
     def verb_outdate(self, machine: "Machine") -> None:
         other = self.other(machine)

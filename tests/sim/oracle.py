@@ -17,7 +17,8 @@ Flush       when a FLUSH or FUA is answered, what it covers is durable on the ma
 Reads       show a value that is not superseded. So does the whole image of a node that becomes Primary.
 Loss        an acked write may only go when every holder has lost its cache (power cut, or a failed flush that dropped
             the pages) before it was durable there; a flushed one never. While one in-sync machine runs on, all that it
-            holds stays: a crashed Primary that comes back does not overwrite it.
+            holds stays (unless the operator has called it bad): a crashed Primary that comes back does not
+            overwrite it.
 Cover       whenever anything durable changes: the sectors that may differ between the copies after a power cut of both
             lie inside the durable activity logs and bitmaps of the two, or the verdict of the real decision table over
             the durable superblocks asks for a full resync.
