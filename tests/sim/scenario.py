@@ -166,7 +166,7 @@ def _constants(rng: random.Random) -> dict[tuple[str, str], int | float]:
         ("resync", "RUN_BYTES"): rng.choice((16 << 10, 64 << 10, 256 << 20)),
         ("resync", "MIN_HOLE_BYTES"): rng.choice((4 << 10, 16 << 10, 64 << 10)),
         ("resync", "CHECKPOINT_BYTES"): rng.choice((8 << 10, 32 << 10, 256 << 10)),
-        ("link", "RECEIVE_BUFFER_BYTES"): 384 << 10,
+        ("link", "RECEIVE_BUFFER_BYTES"): 128 << 10,
         ("link", "RECEIVE_BYTES"): rng.choice((1 << 10, 8 << 10, 64 << 10)),
         ("connector", "DIAL_TIMEOUT_S"): 1.0,
         ("session", "HANDSHAKE_TIMEOUT_S"): 5.0,
