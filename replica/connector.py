@@ -101,13 +101,10 @@ class Connector:
     def link_opened(self, link: PeerLink) -> None:
         """A connection has proven itself."""
         self._greeting.discard(link)
-        if self._stand_alone:
-            link.refuse(self._is_stand_alone())
-            return
         if self._link is not None:
             self._link.close("the peer made a newer connection.")
+        # Not before: a link on which this node was about to go StandAlone makes it do so as it ends.
         if self._stand_alone:
-            # The end of the old one was what an operator has to decide about.
             link.refuse(self._is_stand_alone())
             return
         self._link = link

@@ -9,7 +9,7 @@ import uvloop
 
 from replica import auth, wire
 from replica.connector import MAX_GREETINGS, Connector, Endpoints
-from replica.link import LinkSettings
+from replica.link import LinkSettings, PeerLink
 from replica.runtime import HostRuntime
 
 PATIENCE_S = 20.0
@@ -81,5 +81,50 @@ def test_interrupted_dials_do_not_add_up(deaf_host: tuple[socket.socket, list[so
         async with asyncio.timeout(PATIENCE_S):
             assert await first_byte(listener) == bytes([wire.HELLO])
             await connector.stop("the end.")
+
+    uvloop.run(test())
+
+
+def test_a_node_that_goes_stand_alone_as_its_link_is_replaced_takes_no_new_link() -> None:
+    """The end of the old link can be what makes it StandAlone: then the newer connection is turned away as well."""
+
+    async def test() -> None:
+        opened: list[PeerLink] = []
+        reasons: list[str] = []
+        turned_away = asyncio.Event()
+
+        def closed(link: PeerLink, why: str) -> None:
+            reasons.append(why)
+            listening.disconnect("the two do not fit together.")
+
+        def ended(link: PeerLink, why: str) -> None:
+            reasons.append(why)
+            turned_away.set()
+
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        node2 = LinkSettings(auth.Identity("web", "r0", "node2", "node1", "C", False), SETTINGS.secret, 5.0, 5.0)
+        accepting = Endpoints("127.0.0.1", "127.0.0.1", port, port, dialer=False, connect_interval_s=0.05)
+        dialing = Endpoints("127.0.0.1", "127.0.0.1", port, port, dialer=True, connect_interval_s=60.0)
+        listening = Connector(HostRuntime(), accepting, node2, opened.append, closed, lambda why: None)
+        first, second = (
+            Connector(HostRuntime(), dialing, SETTINGS, lambda link: up.set(), ended, lambda why: None)
+            for _ in range(2)
+        )
+        up = asyncio.Event()
+        async with asyncio.timeout(PATIENCE_S):
+            await listening.start()
+            listening.connect()
+            first.connect()
+            await up.wait()
+            while not opened:
+                await asyncio.sleep(0)
+            second.connect()
+            await turned_away.wait()
+            for connector in (first, second, listening):
+                await connector.stop("the end.")
+        assert len(opened) == 1
+        assert reasons[0] == "the peer made a newer connection."
 
     uvloop.run(test())
