@@ -526,8 +526,10 @@ class Oracle:
         self._primary[machine.name] = primary
         replication = str(resource.state.replication) if resource is not None else ""
         if replication != self._replication.get(machine.name):
+            before = self._replication.get(machine.name)
             self._replication[machine.name] = replication
-            if replication == Replication.SYNC_TARGET:
+            # Going on after a pause is no beginning: it may even be complete, and only not be said so yet.
+            if replication == Replication.SYNC_TARGET and before != Replication.PAUSED_SYNC_T:
                 self._overwritten(machine)
             elif replication == Replication.ESTABLISHED:
                 self.given_up.pop(machine.name, None)
