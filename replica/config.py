@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from replica import config_values as values
 from replica.config_file import ConfigError, ConfigFile, Table, suggestion
 from replica.config_values import Listen
+from replica.hooks import MAX_TIMEOUT_S, MIN_TIMEOUT_S, Event, HookSettings
 from replica.toml_lines import KeyPath
 
 __all__ = ["Cluster", "Config", "ConfigError", "Listen", "Node", "Resource", "ResourceSide", "load_config"]
@@ -22,7 +23,7 @@ DEFAULT_PATH = "/etc/replica/replica.toml"
 MIN_SECRET_BYTES = 16
 _MAX_SECRET_BYTES = 4096
 _NODES = 2
-_RESERVED_SECTIONS = ("heartbeat", "group", "fencing", "arbiter", "hooks")
+_RESERVED_SECTIONS = ("heartbeat", "group", "fencing", "arbiter")
 _RESERVED_RESOURCE_KEYS = ("after-split-brain",)
 
 
@@ -69,11 +70,12 @@ class ResourceSide:
 
 @dataclass(frozen=True, slots=True)
 class Resource:
-    """One resource: what holds on this node (``local``) and on the other (``peer``)."""
+    """One resource: what holds on this node (``local``) and on the other (``peer``), and its hooks."""
 
     name: str
     local: ResourceSide
     peer: ResourceSide
+    hooks: HookSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,13 +154,14 @@ def load_config(path: str | Path | None = None, node: str | None = None, *, need
     """
     file = ConfigFile(Path(path or os.environ.get("REPLICA_CONFIG") or DEFAULT_PATH).absolute())
     top = file.table((), file.document)
-    top.check_keys(("cluster", "node", "resource"), reserved=_RESERVED_SECTIONS)
+    top.check_keys(("cluster", "node", "resource", "hooks"), reserved=_RESERVED_SECTIONS)
     nodes = _read_nodes(file, top)
     here = _this_node(file, node, nodes)
     (peer,) = (other for other in nodes.values() if other is not here)
     wanted = "describe at least one resource in [resource.NAME]"
     table = top.subtable("resource", wanted)
-    resources = {name: _read_resource(table.subtable(name), here, peer) for name in table.items}
+    hooks = _read_hooks(top, HookSettings())
+    resources = {name: _read_resource(table.subtable(name), here, peer, hooks) for name in table.items}
     if not resources:
         raise file.error(("resource",), f"is empty: {wanted}")
     _check_clashes(file, resources)
@@ -230,10 +233,10 @@ def _read_secret(file: ConfigFile, path: Path) -> bytes:
     return secret
 
 
-def _read_resource(table: Table, here: Node, peer: Node) -> Resource:
+def _read_resource(table: Table, here: Node, peer: Node, hooks: HookSettings) -> Resource:
     name = table.key[-1]
     _check_name(table.file, table.key, name)
-    common = _read_settings(table, also_known=("on",))
+    common = _read_settings(table, also_known=("on", "hooks"))
     overrides: dict[str, dict[str, Any]] = {}
     if "on" in table.items:
         on = table.subtable("on")
@@ -243,7 +246,21 @@ def _read_resource(table: Table, here: Node, peer: Node) -> Resource:
         name=name,
         local=_side(table, here, common | overrides.get(here.name, {})),
         peer=_side(table, peer, common | overrides.get(peer.name, {})),
+        hooks=_read_hooks(table, hooks),
     )
+
+
+def _read_hooks(table: Table, base: HookSettings) -> HookSettings:
+    """``base`` with what the section ``hooks`` of this table says otherwise."""
+    if "hooks" not in table.items:
+        return base
+    hooks = table.subtable("hooks")
+    hooks.check_keys(("timeout", *map(str, Event)))
+    timeout_s = base.timeout_s
+    if "timeout" in hooks.items:
+        timeout_s = hooks.value("timeout", values.seconds(MIN_TIMEOUT_S, MAX_TIMEOUT_S))
+    commands = {event: hooks.value(event, values.command) for event in Event if event in hooks.items}
+    return HookSettings(timeout_s, {**base.commands, **commands})
 
 
 def _read_settings(table: Table, also_known: tuple[str, ...] = ()) -> dict[str, Any]:

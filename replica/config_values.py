@@ -5,6 +5,7 @@ file, the line and the key in front of it.
 """
 
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -67,6 +68,24 @@ def name(value: object) -> str:
             f"the last two, not {value!r}"
         )
     return value
+
+
+def command(value: object) -> tuple[str, ...]:
+    """A program and its arguments: a list, or one string that is split like a shell's words (there is no shell)."""
+    wanted = f"must be a command, as a string or a list of strings, not {value!r}"
+    if isinstance(value, str):
+        try:
+            words: list[object] = [*shlex.split(value)]
+        except ValueError as error:
+            raise ValueError(f"{wanted} ({error})") from None
+    else:
+        words = value if isinstance(value, list) else []
+    if not words or not all(isinstance(word, str) and "\0" not in word for word in words):
+        raise ValueError(wanted)
+    program, *arguments = map(str, words)
+    if not program.startswith("/"):
+        raise ValueError(f"must begin with the absolute path of a program, not {program!r}")
+    return (program, *arguments)
 
 
 def boolean(value: object) -> bool:

@@ -132,6 +132,8 @@ def _notify_supervisor(message: str) -> None:
 
 async def _serve(config: cfg.Config, resource: cfg.Resource) -> None:
     stop = asyncio.Event()
+    # Ignoring it is inherited, and would hide the exit status of hooks.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)

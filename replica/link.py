@@ -79,6 +79,8 @@ class PeerLink(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport
         self.open = False
         self.closed = False
+        #: It was not lost: this node ended it, or either did so to negotiate anew.
+        self.meant_to_end = False
         self.close_reason = ""
         self.session = 0
         self.integrity = settings.identity.integrity
@@ -273,6 +275,7 @@ class PeerLink(asyncio.BufferedProtocol):
         elif kind == wire.PING:
             self.send(wire.PONG)
         elif kind == wire.ERROR:
+            self.meant_to_end = bool(flags & wire.FLAG_AGAIN)
             self.close(f"the peer says: {_sentence(payload)}")
         elif kind != wire.PONG:
             raise wire.ProtocolError(f"a {wire.kind_name(kind)} frame arrived where none is due.")
@@ -363,15 +366,16 @@ class PeerLink(asyncio.BufferedProtocol):
 
     # ── the end ──────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _fail(self, sentence: str) -> None:
+    def _fail(self, sentence: str, flags: int = 0) -> None:
         """Tell the peer why, then close."""
         with contextlib.suppress(OSError, RuntimeError):
-            self.send(wire.ERROR, sentence.encode())
+            self.send(wire.ERROR, sentence.encode(), flags=flags)
         self.close(sentence)
 
-    def refuse(self, sentence: str) -> None:
-        """Close an open link with a reason the peer is told."""
-        self._fail(sentence)
+    def refuse(self, sentence: str, *, again: bool = False) -> None:
+        """Close an open link with a reason the peer is told; `again`: only to negotiate anew."""
+        self.meant_to_end = True
+        self._fail(sentence, wire.FLAG_AGAIN if again else 0)
 
     def close(self, reason: str) -> None:
         """End the link now. Everything that waits on it learns of it; nothing more is delivered."""

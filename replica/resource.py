@@ -17,6 +17,7 @@ from replica.disk import LocalDisk, open_disk
 from replica.errors import Refused, ReplicaError
 from replica.export import ResourceExport
 from replica.generation import Side, started_alone
+from replica.hooks import Event, Hooks
 from replica.link import LinkSettings, PeerLink
 from replica.metadata import Superblock
 from replica.peer_volume import PeerVolume
@@ -67,6 +68,7 @@ class Resource:
         self.peer_volume: PeerVolume | None = None
         #: The generation under which the peer, Primary without a disk, has worked through this copy; 0: none.
         self.served_generation = 0
+        self.hooks = Hooks(self, resource.hooks, runtime)
 
     def _make_connector(self) -> Connector:
         local, peer = self._cfg.local, self._cfg.peer
@@ -115,6 +117,7 @@ class Resource:
         await self.connector.stop(f"replicad for {self.name} on {self.node_name} was stopped.")
         await self.past_finished()
         self.release_disk()
+        await self.hooks.stop()
 
     async def attach_disk(self) -> None:
         disk = await open_disk(self.config, self._cfg, self._runtime)
@@ -324,6 +327,7 @@ class Resource:
         self.failed = True
         disk, volume = self._attached
         log.error("%s: the disk %s failed (%s) and is no longer used.", self.name, self.settings.backing, error)
+        self.hooks.fire(Event.DISK_FAILED, f"the disk {self.settings.backing} failed ({error}).")
         volume.abandon_store(error)
         superblock = disk.metadata.superblock
         superblock.inconsistent = True
@@ -407,6 +411,8 @@ class Resource:
         self.session = Session(self, link)
 
     def _link_closed(self, link: PeerLink, reason: str) -> None:
+        if self.session is not None and self.session.in_use and not link.meant_to_end:
+            self.hooks.fire(Event.PEER_LOST, reason)  # what it was used for is worth more than that it is gone
         self.link = None
         session, self.session = self.session, None
         if session is not None:
@@ -439,16 +445,18 @@ class Resource:
             if self.state.connection is not Connection.CONNECTED:  # else it was a stranger, and the peer is well
                 self.state.change(last_error=reason)
 
-    def stand_alone(self, reason: str) -> None:
+    def stand_alone(self, reason: str, *, split_brain: bool = False) -> None:
         """Leave the peer until an operator says `connect`."""
         log.error("%s: goes StandAlone: %s", self.name, reason)
         self.state.change(connection=Connection.STAND_ALONE, last_error=reason)
+        if split_brain:
+            self.hooks.fire(Event.SPLIT_BRAIN, reason)
         self.connector.disconnect(reason)
 
     def renegotiate(self, why: str) -> None:
         """Make the link anew, so that both nodes decide again from what is true now."""
         if self.link is not None:
-            self.link.refuse(why)
+            self.link.refuse(why, again=True)
 
     def pause(self, paused: bool) -> None:
         """Hold a resync back on this node's account, or let it go on."""

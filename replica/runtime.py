@@ -8,11 +8,12 @@ import asyncio
 import contextlib
 import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from nbdserver.blockfile import BlockFile, BlockFileError
+from replica import hook_process
 from replica.errors import ReplicaError
 from replica.metadata import MetadataFile
 from replica.store import FileOfMetadata, FileStore, Store, backing_fingerprint
@@ -59,6 +60,13 @@ class Runtime(Protocol):
 
     def random_id(self) -> int:
         """A random 64-bit number other than 0."""
+
+    async def run_hook(
+        self, command: Sequence[str], variables: Mapping[str, str], timeout_s: float, on_line: Callable[[str], None]
+    ) -> str:
+        """Run a program to its end, `timeout_s` at most: what was wrong ("returned 1"), or "" for status 0. Raises
+        nothing; when the caller is cancelled, the program is ended.
+        """
 
 
 class HostBacking:
@@ -125,3 +133,9 @@ class HostRuntime:
     def random_id(self) -> int:
         """A random 64-bit number other than 0."""
         return secrets.randbits(64) or 1
+
+    async def run_hook(
+        self, command: Sequence[str], variables: Mapping[str, str], timeout_s: float, on_line: Callable[[str], None]
+    ) -> str:
+        """Run a program with these variables and little else (`replica.hook_process`)."""
+        return await hook_process.run(command, variables, timeout_s, on_line)

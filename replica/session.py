@@ -26,6 +26,7 @@ from replica.generation import (
     sync_started_source,
     sync_started_target,
 )
+from replica.hooks import Event
 from replica.link import LinkLost, PeerLink
 from replica.mirror import Mirror
 from replica.resync import SyncSource, SyncTarget
@@ -47,6 +48,10 @@ _BITMAP_MESSAGE_BYTES: Final = 256 << 10
 class Refusal(ReplicaError):
     """The two nodes cannot work together as they are; the link goes StandAlone until an operator decides."""
 
+    def __init__(self, reason: str, *, split_brain: bool = False) -> None:
+        super().__init__(reason)
+        self.split_brain = split_brain
+
 
 class DiskRejected(ReplicaError):
     """The disk that a Primary attached, while it works through its peer, does not fit: it goes on without it."""
@@ -64,7 +69,11 @@ class Session:
         self._stand_in = StandIn(resource, self, link)
         self._peer_paused = False
         self._updated = False
-        self._parting = ""
+        self._parting: Refusal | None = None
+        #: The handshake is over, and its verdict in one sentence.
+        self.in_use = False
+        self._verdict = ""
+        self._discards = False
         link.expect(wire.STATE, wire.BITMAP, wire.SYNC_START, wire.SYNC_READY, wire.SYNC_FINISH, wire.SYNC_DONE)
         link.handlers[wire.UPDATE] = self._on_update
         link.handlers[wire.REQUEST] = self._on_request
@@ -74,8 +83,8 @@ class Session:
 
     def end(self) -> None:
         """The link is gone: stop what depends on it."""
-        if self._parting:
-            self._resource.stand_alone(self._parting)
+        if self._parting is not None:
+            self._resource.stand_alone(str(self._parting), split_brain=self._parting.split_brain)
         self._task.cancel()
         self._stand_in.end()
 
@@ -92,6 +101,8 @@ class Session:
         try:
             async with self._resource.admin, asyncio.timeout(HANDSHAKE_TIMEOUT_S):
                 await self._handshake()
+            self.in_use = True
+            self._resource.hooks.fire(Event.PEER_CONNECTED, self._verdict)
             if self._source is not None:
                 await self._run_source(self._source)
             elif self.target is not None:
@@ -105,7 +116,7 @@ class Session:
                 self._resource.reject_disk(str(rejection))
             self._link.refuse(str(rejection))
         except Refusal as refusal:
-            await self._part(str(refusal))
+            await self._part(refusal)
         except TimeoutError:
             self._link.refuse("the handshake was not complete in time.")
         except OSError as error:
@@ -117,17 +128,17 @@ class Session:
             self._link.refuse(f"{self._resource.node_name} met a fault of its own; its log says more.")
             raise
 
-    async def _part(self, reason: str) -> None:
+    async def _part(self, refusal: Refusal) -> None:
         """Go StandAlone, and let the peer come to the same conclusion: were the link closed at once, the peer would
         see a lost connection before its own verdict, and dial again and again.
         """
-        self._parting = reason
+        self._parting = refusal
         self._link.send_map(wire.STATE, {"refused": True})
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(PARTING_TIMEOUT_S):
                 await self._link.receive(wire.STATE)
-        self._parting = ""
-        self._resource.stand_alone(reason)
+        self._parting = None
+        self._resource.stand_alone(str(refusal), split_brain=refusal.split_brain)
 
     # ── handshake ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -152,9 +163,12 @@ class Session:
         if mine.attaching and not self._stand_in.may_go_on(peer, ran_on):
             raise DiskRejected(resource.state.last_error)
         verdict = decide(mine, peer)
+        self._verdict, self._discards = verdict.reason, mine.discard
         log.info("%s: %s", resource.name, verdict.reason)
         if verdict.kind in (Kind.SPLIT_BRAIN, Kind.UNRELATED, Kind.REFUSED):
-            raise DiskRejected(verdict.reason) if mine.attaching or peer.attaching else Refusal(verdict.reason)
+            if mine.attaching or peer.attaching:
+                raise DiskRejected(verdict.reason)
+            raise Refusal(verdict.reason, split_brain=verdict.kind is Kind.SPLIT_BRAIN)
         resource.discard_my_data = False
         if verdict.size_bytes != mine.size_bytes and verdict.kind is not Kind.NO_GOOD_COPY:
             await resource.adopt_size(verdict.size_bytes)
@@ -264,6 +278,7 @@ class Session:
         )
         resource.volume.start_mirroring(self._link)
         resource.begin_sync(Replication.SYNC_SOURCE)
+        resource.hooks.fire(Event.BEFORE_RESYNC_SOURCE, self._verdict)
         self.apply_pause()
 
     async def _hand_over_in_step(self) -> None:
@@ -322,6 +337,7 @@ class Session:
         resource.end_sync()
         resource.unbroken = True
         resource.state.change(replication=Replication.ESTABLISHED, peer_disk=Disk.UP_TO_DATE)
+        resource.hooks.fire(Event.AFTER_RESYNC_SOURCE, "the resync is complete.")
 
     async def _clear_bitmap(self) -> None:
         """Both copies are equal and flushed. Writes since then are in the activity log, not in the bitmap."""
@@ -349,6 +365,7 @@ class Session:
             self._link.send(wire.SYNC_READY)
             self._establish()
             return
+        await self._ask_before_resync()
         superblock = resource.superblock
         superblock.generations = sync_started_target(superblock.generations, offered.base)
         resource.unbroken = False
@@ -368,6 +385,22 @@ class Session:
         if resource.peer_volume is not None:
             self.ask_to_serve()
 
+    async def _ask_before_resync(self) -> None:
+        """Nothing has changed yet: the hook can still save the copy as it is, or refuse. It is not asked about a copy
+        that is Inconsistent already: there is nothing to save, and a resync that was interrupted has to go on.
+        """
+        resource = self._resource
+        if resource.superblock.inconsistent:
+            return
+        problem = await resource.hooks.ask(Event.BEFORE_RESYNC_TARGET, self._verdict)
+        if problem:
+            connect = f"connect --discard-my-data {resource.name}" if self._discards else f"connect {resource.name}"
+            refusal = Refusal if resource.peer_volume is None else DiskRejected
+            raise refusal(
+                f"the hook before-resync-target {problem} on {resource.node_name}, whose copy stays as it is: see to "
+                f"what the hook is for, then run `replicactl {connect}` there."
+            )
+
     async def _run_target(self, target: SyncTarget) -> None:
         resource = self._resource
         await self._link.receive(wire.SYNC_FINISH)
@@ -378,6 +411,7 @@ class Session:
         self._link.send(wire.SYNC_DONE)
         resource.end_sync()
         self._establish()
+        resource.hooks.fire(Event.AFTER_RESYNC_TARGET, "the resync is complete.")
 
     async def _take_generation(self, offered: Generations) -> None:
         """Record that this copy is a full copy of the source's generation."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from replica.errors import Refused
 from replica.generation import started_alone
+from replica.hooks import Event
 from replica.link import LinkLost, PeerLink
 from replica.states import Connection, Disk, Replication, Role
 
@@ -75,6 +76,7 @@ class Verbs:
         volume.start_timer()
         resource.state.change(role=Role.PRIMARY)
         log.info("%s: %s is Primary", self._name, self._node)
+        resource.hooks.fire(Event.PROMOTED, f"{self._name} is Primary on {self._node}.")
         if anew:
             resource.renegotiate(f"{self._node} was promoted with --force.")
 
@@ -166,6 +168,7 @@ class Verbs:
             resource.export.serve(None)
             resource.state.change(role=Role.SECONDARY)
             log.info("%s: %s is Secondary", self._name, self._node)
+            resource.hooks.fire(Event.DEMOTED, f"{self._name} is Secondary on {self._node}.")
         finally:
             resource.demoting = False
 

@@ -35,7 +35,7 @@ _U64: Final = struct.Struct("<Q")
 # Greeting and control. Payloads are msgpack maps unless said otherwise.
 HELLO: Final = 0x52  # "R": a stray client's first byte is hardly ever this one
 AUTH: Final = 0x02  # payload: 32 bytes of HMAC-SHA-256
-ERROR: Final = 0x03  # payload: one UTF-8 sentence; the sender closes
+ERROR: Final = 0x03  # payload: one UTF-8 sentence; the sender closes; FLAG_AGAIN: to negotiate anew at once
 PING: Final = 0x04
 PONG: Final = 0x05
 STATE: Final = 0x06  # the whole state of the sender, opens the handshake
@@ -77,6 +77,7 @@ YIELDED: Final = 0x35  # both copies are flushed and no extent is hot on this si
 FLAG_PUNCH: Final = 0x01
 FLAG_LAST: Final = 0x02
 FLAG_TARGET: Final = 0x04
+FLAG_AGAIN: Final = 0x04
 FLAG_ERROR: Final = 0x80
 
 KIND_NAMES: Final = {

@@ -264,7 +264,7 @@ class Cluster:
     """Two nodes with one resource in `folder` (whose path must be short: it holds Unix sockets).
 
     `settings` are keys of [resource.NAME], as TOML values ('"C"', "true", "0.1"); what the file says for one node
-    only goes in `on`: {"node2": {"port": "7790"}}.
+    only goes in `on`: {"node2": {"port": "7790"}}. `hooks` are keys of [hooks].
     """
 
     resource = "r0"
@@ -275,6 +275,7 @@ class Cluster:
         *,
         size_bytes: int = 16 * MIB,
         on: Mapping[str, Mapping[str, str]] | None = None,
+        hooks: Mapping[str, str] | None = None,
         **settings: str,
     ) -> None:
         self.folder = folder
@@ -290,6 +291,7 @@ class Cluster:
             "settle-interval": "0.2",
             **{name.replace("_", "-"): value for name, value in settings.items()},
         }
+        self.hooks = dict(hooks or {})
         self.on = {node: dict(values) for node, values in (on or {}).items()}
         self.node1 = Node(self, "node1", "127.0.0.1")
         self.node2 = Node(self, "node2", "127.0.0.2")
@@ -310,6 +312,7 @@ class Cluster:
         common = {"port": str(self.port), **self.settings, **changes}
         parts = [
             f'[cluster]\nname = {cluster_name}\nsecret-file = {key}\nstate-dir = "state"\nrun-dir = "run"',
+            f"[hooks]\n{_toml(self.hooks)}",
             *(f'[node.{node.name}]\naddress = "{node.address}"' for node in self.nodes),
             f"[resource.{self.resource}]\n" + _toml(common),
         ]

@@ -8,6 +8,7 @@ import pytest
 
 from replica import config_values
 from replica.config import ConfigError, Listen, load_config
+from replica.hooks import Event, HookSettings
 from replica.toml_lines import find_line, key_lines
 
 GOOD = """\
@@ -108,6 +109,38 @@ nbd-inflight-bytes = 2097152
     assert (side.max_nbd_connections, side.nbd_inflight_bytes) == (3, 2 << 20)
 
 
+def test_hooks(write: Callable[[str], Path]) -> None:
+    assert load_config(write(GOOD), "node1").resource().hooks == HookSettings(10.0, {})
+    text = (
+        GOOD
+        + """
+[hooks]
+timeout = 1
+split-brain = "/usr/local/sbin/notify 'split brain' root"
+before-resync-target = ["/usr/local/sbin/snapshot", "--name", "a b", ""]
+[resource.r1]
+port = 7790
+nbd = "unix:r1.nbd"
+backing = "r1.img"
+[resource.r1.hooks]
+timeout = 45
+split-brain = "/bin/true"
+"""
+    )
+    config = load_config(write(text), "node1")
+    snapshot = ("/usr/local/sbin/snapshot", "--name", "a b", "")
+    assert config.resource("r0").hooks == HookSettings(
+        1.0,
+        {
+            Event.SPLIT_BRAIN: ("/usr/local/sbin/notify", "split brain", "root"),
+            Event.BEFORE_RESYNC_TARGET: snapshot,
+        },
+    )
+    assert config.resource("r1").hooks == HookSettings(
+        45.0, {Event.SPLIT_BRAIN: ("/bin/true",), Event.BEFORE_RESYNC_TARGET: snapshot}
+    )
+
+
 def test_file_and_node_come_from_the_environment(write: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REPLICA_CONFIG", str(write(GOOD)))
     monkeypatch.setenv("REPLICA_NODE", "node2")
@@ -166,6 +199,31 @@ MISTAKES = [
     ('address = "192.168.2.44"', "", 7, "node.node1.address", "is missing"),
     ("[resource.r0]", "[[group]]\n[resource.r0]", 12, "group", "is not supported by this version yet"),
     ("[resource.r0]", "[heartbeat]\n[resource.r0]", 12, "heartbeat", "not supported by this version yet"),
+    ("[resource.r0]", "[hooks]\ntimeout = 46\n[resource.r0]", 13, "hooks.timeout", "from 0.1 to 45, not 46"),
+    ("[resource.r0]", "[hooks]\npeer-los = '/x'\n[resource.r0]", 13, "hooks.peer-los", "did you mean 'peer-lost'?"),
+    (
+        "[resource.r0]",
+        "[hooks]\ndemoted = 'x'\n[resource.r0]",
+        13,
+        "hooks.demoted",
+        "absolute path of a program, not 'x'",
+    ),
+    ("[resource.r0]", "[hooks]\ndemoted = ['./x', 'y']\n[resource.r0]", 13, "hooks.demoted", "absolute path"),
+    ("[resource.r0]", "[hooks]\ndemoted = ''\n[resource.r0]", 13, "hooks.demoted", "must be a command, as a string or"),
+    ("[resource.r0]", "[hooks]\ndemoted = []\n[resource.r0]", 13, "hooks.demoted", "must be a command"),
+    ("[resource.r0]", "[hooks]\ndemoted = ['/x', 1]\n[resource.r0]", 13, "hooks.demoted", "must be a command"),
+    ("[resource.r0]", "[hooks]\ndemoted = true\n[resource.r0]", 13, "hooks.demoted", "must be a command"),
+    ("[resource.r0]", '[hooks]\ndemoted = "/x \\u0000"\n[resource.r0]', 13, "hooks.demoted", "must be a command"),
+    ("[resource.r0]", """[hooks]\ndemoted = "/x 'y"\n[resource.r0]""", 13, "hooks.demoted", "No closing quotation"),
+    ("[resource.r0]", "hooks = 1\n[resource.r0]", 12, "node.node2.hooks", "unknown key"),
+    (
+        "[resource.r0.on.node2]",
+        "[resource.r0.hooks]\nx = '/x'\n[resource.r0.on.node2]",
+        18,
+        "resource.r0.hooks.x",
+        "unknown",
+    ),
+    ("timeout = 2", "timeout = 2\n[resource.r0.on.node2.hooks]", 21, "resource.r0.on.node2.hooks", "unknown key"),
     ("[resource.r0]", "[nodes]\n[resource.r0]", 12, "nodes", "did you mean 'node'?"),
     (
         "[node.node2]",

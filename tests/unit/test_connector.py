@@ -91,7 +91,11 @@ def test_a_node_that_goes_stand_alone_as_its_link_is_replaced_takes_no_new_link(
     async def test() -> None:
         opened: list[PeerLink] = []
         reasons: list[str] = []
-        turned_away = asyncio.Event()
+        taken, turned_away = asyncio.Event(), asyncio.Event()
+
+        def take(link: PeerLink) -> None:
+            opened.append(link)
+            taken.set()
 
         def closed(link: PeerLink, why: str) -> None:
             reasons.append(why)
@@ -107,7 +111,7 @@ def test_a_node_that_goes_stand_alone_as_its_link_is_replaced_takes_no_new_link(
         node2 = LinkSettings(auth.Identity("web", "r0", "node2", "node1", "C", False), SETTINGS.secret, 5.0, 5.0)
         accepting = Endpoints("127.0.0.1", "127.0.0.1", port, port, dialer=False, connect_interval_s=0.05)
         dialing = Endpoints("127.0.0.1", "127.0.0.1", port, port, dialer=True, connect_interval_s=60.0)
-        listening = Connector(HostRuntime(), accepting, node2, opened.append, closed, lambda why: None)
+        listening = Connector(HostRuntime(), accepting, node2, take, closed, lambda why: None)
         first, second = (
             Connector(HostRuntime(), dialing, SETTINGS, lambda link: up.set(), ended, lambda why: None)
             for _ in range(2)
@@ -117,9 +121,7 @@ def test_a_node_that_goes_stand_alone_as_its_link_is_replaced_takes_no_new_link(
             await listening.start()
             listening.connect()
             first.connect()
-            await up.wait()
-            while not opened:
-                await asyncio.sleep(0)
+            await asyncio.gather(up.wait(), taken.wait())
             second.connect()
             await turned_away.wait()
             for connector in (first, second, listening):

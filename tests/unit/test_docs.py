@@ -8,6 +8,7 @@ import pytest
 
 from replica import config, wire
 from replica.cli import VERBS
+from replica.hooks import DEFAULT_TIMEOUT_S, Event, environment
 from replica.states import tables_as_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,8 +22,8 @@ def test_states_are_those_of_the_program() -> None:
     assert generated == tables_as_markdown(), "run python -m replica.states and put its output below the marker"
 
 
-def _configuration_rows() -> dict[str, str]:
-    section = (DOCS / "configuration.md").read_text().partition("## `[resource.NAME]`")[2].partition("\n## ")[0]
+def _configuration_rows(title: str = "[resource.NAME]") -> dict[str, str]:
+    section = (DOCS / "configuration.md").read_text().partition(f"## `{title}`")[2].partition("\n## ")[0]
     return dict(re.findall(r"^\| `([a-z-]+)` \| ([^|]+?) \|", section, re.MULTILINE))
 
 
@@ -39,6 +40,24 @@ def test_configuration_has_the_default_of(key: str) -> None:
         assert text == "unlimited"
     else:
         assert setting.parse(tomllib.loads(f"value = {text.strip('`')}")["value"]) == setting.default
+
+
+def test_configuration_names_every_hook() -> None:
+    rows = _configuration_rows("[hooks]")
+    assert rows == {"timeout": f"`{DEFAULT_TIMEOUT_S:g}`", **dict.fromkeys(map(str, Event), "none")}
+
+
+def test_operations_has_every_variable_and_event_of_hooks() -> None:
+    section = (DOCS / "operations.md").read_text().partition("\n## Hooks\n")[2].partition("\n## ")[0]
+    status = {
+        **dict.fromkeys(("name", "node", "role", "connection", "replication"), ""),
+        "peer": dict.fromkeys(("name", "address", "role"), ""),
+        "volumes": [dict.fromkeys(("disk", "peer_disk", "size_bytes", "backing"), "")],
+    }
+    variables = environment(Event.PROMOTED, "", status, cluster="", config_path="")
+    first_cells = re.findall(r"^\| (`[^|]+`) \|", section, re.MULTILINE)
+    documented = [name for cell in first_cells for name in re.findall(r"`([\w-]+)`", cell)]
+    assert sorted(documented) == sorted([*variables, *Event])
 
 
 def test_operations_has_every_command() -> None:
