@@ -82,6 +82,11 @@ def _failover(scenario: Scenario, rng: random.Random) -> None:
         data.write_s, data.flush_s, metadata.flush_s, metadata.write_s = 0.2, 0.0005, 0.0005, 0.00005
 
 
+def _hooked(scenario: Scenario, rng: random.Random) -> None:
+    _resyncs(scenario, rng)
+    scenario.hook_timeout_s = 0.05
+
+
 def _late(scenario: Scenario, rng: random.Random) -> None:
     """Long stalls, then late delivery, with a new connection made before."""
     _plain(scenario, rng)
@@ -259,6 +264,22 @@ CANARIES = (
         "replica.session:Session._be_target",
         "superblock.inconsistent = True",
         "pass",
+    ),
+    Canary(
+        "hook-ignored",
+        "a resync begins although the hook before-resync-target has refused it",
+        "replica.session:Session._ask_before_resync",
+        "if problem:",
+        "if False:",
+        _hooked,
+    ),
+    Canary(
+        "hook-asked-late",
+        "the hook before-resync-target is asked about a copy that is half copied already",
+        "replica.session:Session._ask_before_resync",
+        "if resource.superblock.inconsistent:",
+        "if False:",
+        _hooked,
     ),
     Canary(
         "peer-not-counted-in",

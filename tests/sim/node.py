@@ -4,12 +4,13 @@ simulated `replica.runtime.Runtime`.
 
 import asyncio
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import replica.tasks
 from replica import config as cfg
 from replica.errors import ReplicaError
+from replica.hooks import Event
 from replica.metadata import Metadata
 from replica.resource import Resource
 from replica.states import Role
@@ -82,6 +83,11 @@ class SimRuntime:
     def random_id(self) -> int:
         return self._rng.getrandbits(64) or 1
 
+    async def run_hook(
+        self, command: Sequence[str], variables: Mapping[str, str], timeout_s: float, on_line: Callable[[str], None]
+    ) -> str:
+        return await self._incarnation.machine.run_hook(self._incarnation, Event(variables["REPLICA_EVENT"]), timeout_s)
+
 
 class _Listener:
     def __init__(self, network: Network, key: tuple[str, int]) -> None:
@@ -118,6 +124,7 @@ class Machine:
         self.incarnations = 0
         self.size_bytes = size_bytes
         self._ids = rng(f"{self.name}/ids")
+        self._hooks = rng(f"{self.name}/hooks")
         self.rng = rng(f"{self.name}/machine")
         self.data = SimDisk(rng(f"{self.name}/data"), size_bytes, faults[0])
         self.layout = self._superblock()
@@ -125,6 +132,9 @@ class Machine:
         #: Called whenever a state of the living incarnation changes.
         self.observe: Callable[[Machine], None] = lambda machine: None
         self.died: Callable[[Machine, Incarnation | None], None] = lambda machine, incarnation: None
+        #: A hook begins, and ends: with what was wrong, or "".
+        self.hook_begins: Callable[[Machine, Event], None] = lambda machine, event: None
+        self.hook_ended: Callable[[Machine, Event, str], None] = lambda machine, event, problem: None
         network.hosts[self.host] = self
 
     def _superblock(self) -> Superblock:
@@ -291,6 +301,20 @@ class Machine:
         if incarnation is not None and incarnation.resource is not None:
             resource = incarnation.resource
             self.world.enter(incarnation.loop, self._start, incarnation, work(resource), "verb", done)
+
+    async def run_hook(self, incarnation: Incarnation, event: Event, timeout_s: float) -> str:
+        """Takes its time; now and then too much of it, or it fails."""
+        incarnation.burn()
+        self.hook_begins(self, event)
+        takes_s = self._hooks.expovariate(3 / timeout_s)
+        fails = self._hooks.random() < 0.15
+        if self.faults_off:
+            takes_s, fails = min(takes_s, timeout_s / 2), False
+        await asyncio.sleep(min(takes_s, timeout_s))
+        problem = "ran longer than it may" if takes_s >= timeout_s else "returned 1" if fails else ""
+        self.trace.fault("hook", f"{self.name} {event} {problem or 'is done'}")
+        self.hook_ended(self, event, problem)
+        return problem
 
     def _start(
         self,

@@ -25,6 +25,8 @@ Cover       whenever anything durable changes: the sectors that may differ betwe
 Direction   whenever a superblock changes: the copy that would be source after a power cut of both has every flushed
             write. A copy that has acknowledged writes of its own is not overwritten unless the operator said so.
 Half copied a node that begins to take resync data is durably Inconsistent.
+Hooks       before-resync-target is asked while the copy is not Inconsistent, on record and by the node's own account
+            (the record of its completion can still be under way); when it refuses, that link's resync does not begin.
 One Primary where the operator forbids two, and no split brain there.
 Copies      are byte-identical once both are Established and quiet.
 """
@@ -35,6 +37,7 @@ from typing import TYPE_CHECKING
 
 from replica import bitmap
 from replica.generation import Generations, Kind, Side, Verdict, decide
+from replica.hooks import Event
 from replica.states import Replication
 from tests.sim.disk import SECTOR
 from tests.sim.on_disk import Reader, Unreadable
@@ -223,6 +226,7 @@ class Oracle:
         self.durable = {machine.name: Durable(machine) for machine in machines}
         self._primary: dict[str, bool] = {machine.name: False for machine in machines}
         self._replication: dict[str, str] = {}
+        self._refused: dict[str, int] = {}  # the session in which a hook said no to the resync
         self._pending: dict[int, list[Entry]] = {}  # value -> entries of the write, in order of sectors
         self._asked_of: dict[Entry, Machine] = {}  # pending writes
         self._zeroes: dict[int, list[Entry]] = {}  # sector -> pending writes of zeroes
@@ -601,6 +605,8 @@ class Oracle:
         superblock = self.durable[machine.name].superblock
         if superblock is None or not superblock.inconsistent:
             self.fail("Half copied", f"{machine.name} takes resync data and is not durably Inconsistent")
+        if self._session(machine) == self._refused.get(machine.name):
+            self.fail("Hooks", f"{machine.name} takes resync data although its hook has refused")
         mine, theirs = self.lineage[machine.name], self.lineage[source.name]
         if mine is not theirs:
             if mine.acks and machine.name not in self.discarding:
@@ -625,6 +631,24 @@ class Oracle:
                         f"{entry.sector} and is overwritten by {source.name}, which has lost it",
                     )
                     return
+
+    @staticmethod
+    def _session(machine: "Machine") -> int:
+        link = machine.resource.link if machine.resource is not None else None
+        return link.session if link is not None else 0
+
+    def hook_begins(self, machine: "Machine", event: Event) -> None:
+        """The node runs a hook."""
+        resource, record = machine.resource, self.durable[machine.name].superblock
+        if event is not Event.BEFORE_RESYNC_TARGET or resource is None:
+            return
+        if resource.superblock.inconsistent and (record is None or record.inconsistent):
+            self.fail("Hooks", f"{machine.name} asks about a resync when its copy is Inconsistent already")
+
+    def hook_ended(self, machine: "Machine", event: Event, problem: str) -> None:
+        """A hook has ended, well or not."""
+        if event is Event.BEFORE_RESYNC_TARGET and problem:
+            self._refused[machine.name] = self._session(machine)
 
     def _established(self) -> None:
         one, two = (self.lineage[machine.name] for machine in self.machines)

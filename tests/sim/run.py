@@ -77,6 +77,8 @@ class Run:
         for machine in self.machines:
             machine.observe = self._observe
             machine.died = self._died
+            machine.hook_begins = self.oracle.hook_begins
+            machine.hook_ended = self.oracle.hook_ended
         self._last_words: dict[str, Any] = {}
 
     def _observe(self, machine: Machine) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from replica import config as cfg
+from replica.hooks import Event, HookSettings
 from tests.sim.disk import SECTOR, DiskFaults
 from tests.sim.network import NetworkFaults
 
@@ -44,6 +45,8 @@ class Scenario:
     disk: dict[str, tuple[DiskFaults, DiskFaults]]
     final_power_cut: bool
     rot: float
+    #: How long hooks may take; 0: there are none.
+    hook_timeout_s: float = 0.0
 
     def extents(self, first: int, count: int) -> range:
         """The extents that these sectors touch."""
@@ -62,7 +65,8 @@ class Scenario:
             f"{self.size_bytes >> 10} KiB, extents of {1 << self.extent_shift >> 10} KiB, {self.al_slots} slots, "
             f"protocol {self.protocol}, {self.duration_s:.1f} s"
             f"{', split brain accepted' if self.split_brain else ''}{', new copies' if self.fresh else ''}"
-            f"{f', {bits} bits in a sector of the bitmap' if bits else ''}; "
+            f"{f', {bits} bits in a sector of the bitmap' if bits else ''}"
+            f"{', hooks' if self.hook_timeout_s else ''}; "
             + ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items() if rate)
         )
 
@@ -153,6 +157,9 @@ def draw(seed: int, bias: Callable[[Scenario, random.Random], None] | None = Non
     scenario.constants |= _bitmap(scenario.rng("bitmap"))
     scenario.side["al_extents"] = al_slots
     scenario.side["protocol"] = scenario.protocol
+    hooks = scenario.rng("hooks")
+    if hooks.random() < 0.25:
+        scenario.hook_timeout_s = hooks.choice((0.05, 0.3, 1.0))
     if bias is not None:
         bias(scenario, rng)
     return scenario
@@ -275,11 +282,14 @@ def _base_config(node: str) -> cfg.Config:
 def configuration(scenario: Scenario, node: str) -> cfg.Config:
     """The configuration file as this node reads it, with the settings of the scenario."""
     config = _base_config(node)
+    timeout_s = scenario.hook_timeout_s
+    hooks = HookSettings(timeout_s, {event: ("/sim/hook",) for event in Event}) if timeout_s else HookSettings()
     resources = {
         name: dataclasses.replace(
             resource,
             local=dataclasses.replace(resource.local, backing=Path("/sim/r0.img"), **scenario.side),
             peer=dataclasses.replace(resource.peer, backing=Path("/sim/r0.img"), **scenario.side),
+            hooks=hooks,
         )
         for name, resource in config.resources.items()
     }
