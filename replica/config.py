@@ -15,6 +15,7 @@ from replica import config_values as values
 from replica.config_file import ConfigError, ConfigFile, Table, suggestion
 from replica.config_values import Listen
 from replica.hooks import MAX_TIMEOUT_S, MIN_TIMEOUT_S, Event, HookSettings
+from replica.split_brain import Policies
 from replica.toml_lines import KeyPath
 
 __all__ = ["Cluster", "Config", "ConfigError", "Listen", "Node", "Resource", "ResourceSide", "load_config"]
@@ -24,7 +25,6 @@ MIN_SECRET_BYTES = 16
 _MAX_SECRET_BYTES = 4096
 _NODES = 2
 _RESERVED_SECTIONS = ("heartbeat", "group", "fencing", "arbiter")
-_RESERVED_RESOURCE_KEYS = ("after-split-brain",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,7 @@ class ResourceSide:
     settle_bytes: int
     resync_rate_bytes_s: int | None  # None: unlimited
     on_io_error: str  # "detach" or "pass-on"
+    after_split_brain: Policies
     max_nbd_connections: int
     nbd_inflight_bytes: int
 
@@ -120,6 +121,7 @@ class _Setting(NamedTuple):
     field: str
     parse: Callable[[object], Any]
     default: Any
+    per_node: bool = True  # may stand in ``[resource.X.on.NODE]``
 
 
 _REQUIRED = object()
@@ -140,6 +142,7 @@ _RESOURCE_KEYS: dict[str, _Setting] = {
     "settle-bytes": _Setting("settle_bytes", values.size_at_least(4096, "4K"), 64 * _MIB),
     "resync-rate": _Setting("resync_rate_bytes_s", values.size_at_least(4096, "4K"), None),
     "on-io-error": _Setting("on_io_error", values.one_of("detach", "pass-on"), "detach"),
+    "after-split-brain": _Setting("after_split_brain", values.after_split_brain, Policies(), per_node=False),
     "max-nbd-connections": _Setting("max_nbd_connections", values.integer(1, 65535), 64),
     "nbd-inflight-bytes": _Setting("nbd_inflight_bytes", values.size_at_least(_MIB, "1M"), 64 * _MIB),
 }
@@ -236,12 +239,12 @@ def _read_secret(file: ConfigFile, path: Path) -> bytes:
 def _read_resource(table: Table, here: Node, peer: Node, hooks: HookSettings) -> Resource:
     name = table.key[-1]
     _check_name(table.file, table.key, name)
-    common = _read_settings(table, also_known=("on", "hooks"))
+    common = _read_settings(table, of_node=False)
     overrides: dict[str, dict[str, Any]] = {}
     if "on" in table.items:
         on = table.subtable("on")
         on.check_keys((here.name, peer.name))
-        overrides = {node: _read_settings(on.subtable(node)) for node in on.items}
+        overrides = {node: _read_settings(on.subtable(node), of_node=True) for node in on.items}
     return Resource(
         name=name,
         local=_side(table, here, common | overrides.get(here.name, {})),
@@ -263,16 +266,19 @@ def _read_hooks(table: Table, base: HookSettings) -> HookSettings:
     return HookSettings(timeout_s, {**base.commands, **commands})
 
 
-def _read_settings(table: Table, also_known: tuple[str, ...] = ()) -> dict[str, Any]:
+def _read_settings(table: Table, *, of_node: bool) -> dict[str, Any]:
     """The keys that stand in ``table``, as fields of `ResourceSide`; no defaults."""
     file = table.file
-    table.check_keys((*_RESOURCE_KEYS, *also_known), reserved=_RESERVED_RESOURCE_KEYS)
+    table.check_keys((*_RESOURCE_KEYS,) if of_node else (*_RESOURCE_KEYS, "on", "hooks"))
     settings: dict[str, Any] = {}
     for name, key in _RESOURCE_KEYS.items():
         if name not in table.items:
             continue
         if key.field in settings:
             raise file.error((*table.key, name), "is another spelling of timeout-s: keep one of them")
+        if of_node and not key.per_node:
+            common = f"[{'.'.join(table.key[:2])}]"
+            raise file.error((*table.key, name), f"must be the same on both nodes: set it in {common}")
         value = table.value(name, key.parse)
         if name == "backing":
             value = file.resolve(value)

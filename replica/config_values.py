@@ -6,8 +6,10 @@ file, the line and the key in front of it.
 
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from replica.split_brain import CASES, CHOICES, Policies, Policy
 
 _SIZE = re.compile(r"(\d+)\s*(?:([KMGTP])(?:iB)?)?", re.ASCII)
 _SIZE_SHIFTS = {None: 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50}
@@ -118,7 +120,7 @@ def seconds(low: float, high: float) -> Callable[[object], float]:
 
 def one_of(*choices: str) -> Callable[[object], str]:
     """A parser that accepts exactly the ``choices``."""
-    listed = ", ".join(choices[:-1]) + " or " + choices[-1]
+    listed = _listed(choices)
 
     def parse(value: object) -> str:
         if not isinstance(value, str) or value not in choices:
@@ -126,6 +128,35 @@ def one_of(*choices: str) -> Callable[[object], str]:
         return value
 
     return parse
+
+
+#: DRBD has these, too. Whoever brings them along is told why they are not here.
+_POLICIES_NOT_HERE = (
+    ("violently-as0p", "would overwrite a Primary under its clients, which never happens here"),
+    ("call-pri-lost-after-sb", "gives up a Primary's data by a handler, and no Primary's data are given up here"),
+    ("discard-node-", "names the loser beforehand, whatever its copy is: run `replicactl connect --discard-my-data`"),
+)
+
+
+def after_split_brain(value: object) -> Policies:
+    """The table of policies after a split brain."""
+    if not isinstance(value, dict):
+        raise ValueError(f'must be a table such as {{ no-primary = "discard-least-changes" }}, not {value!r}')
+    for case, policy in value.items():
+        if case not in CASES:
+            raise ValueError(f"has no key {case!r}: its keys are {', '.join(CASES)}")
+        for name, why in _POLICIES_NOT_HERE:
+            if isinstance(policy, str) and policy.startswith(name):
+                raise ValueError(f"{case} = {policy!r} is refused: it {why}")
+        choices = CHOICES[case]
+        if policy not in choices:
+            why = ": with two Primaries an operator demotes one of them first" if len(choices) == 1 else ""
+            raise ValueError(f"{case} must be {_listed(choices)}, not {policy!r}{why}")
+    return Policies(**{case.replace("-", "_"): Policy(policy) for case, policy in value.items()})
+
+
+def _listed(choices: Sequence[str]) -> str:
+    return " or ".join(part for part in (", ".join(choices[:-1]), choices[-1]) if part)
 
 
 def address(value: object) -> str:

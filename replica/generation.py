@@ -16,9 +16,12 @@ Cut anywhere in between, the next handshake gives the same direction and loses n
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
+
+from replica import split_brain
+from replica.split_brain import Policies
 
 HISTORY_LENGTH: Final = 32
 MAX_ID: Final = (1 << 64) - 1
@@ -46,8 +49,10 @@ class Side:
                 become target, and must never become source
     unbroken    has run without a break since both copies were last in sync (protocol C): holds, in its page cache or
                 better, everything that was acknowledged in this generation
+    parted_as_primary  was Primary when the two were last in touch
     dirty       dirty blocks in its bitmap (AL included)
     discard     the operator allowed to discard this copy's own changes (`connect --discard-my-data`)
+    policies    what its configuration lets happen to a split brain without an operator
     size_bytes  size of the volume as its metadata has it
     """
 
@@ -61,8 +66,10 @@ class Side:
     unbroken: bool = False
     is_primary: bool = False
     attaching: bool = False
+    parted_as_primary: bool = False
     dirty: int = 0
     discard: bool = False
+    policies: Policies = field(default_factory=Policies)
 
     @property
     def blank(self) -> bool:
@@ -98,6 +105,7 @@ class Verdict:
     full  resync everything (else: what both bitmaps, OR-ed, say); for SPLIT_BRAIN: what resolving would take
     rule  name of the table's row reason  one sentence for the log and for the user size_bytes  size both
     sides have from now on: the source's, without a source the smaller one
+    policy  the `after-split-brain` policy that discards the target's own changes, if one does
     """
 
     kind: Kind
@@ -105,6 +113,7 @@ class Verdict:
     rule: str
     reason: str
     size_bytes: int
+    policy: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +125,7 @@ class _Finding:
     reason: str
     full: bool = False
     source: Side | None = None
+    policy: str = ""
 
 
 def decide(mine: Side, peer: Side) -> Verdict:
@@ -130,7 +140,7 @@ def decide(mine: Side, peer: Side) -> Verdict:
     if finding.source is not None:
         kind = Kind.SOURCE if finding.source is mine else Kind.TARGET
         size_bytes = finding.source.size_bytes
-    return Verdict(kind, finding.full, finding.rule, finding.reason, size_bytes)
+    return Verdict(kind, finding.full, finding.rule, finding.reason, size_bytes, finding.policy)
 
 
 # ---- the table: each row gives a finding, or None when it does not apply.  Rows are asked once, with the
@@ -286,15 +296,16 @@ def _refused(rule: str, reason: str) -> _Finding:
     return _Finding(Kind.REFUSED, rule, reason)
 
 
-def _sync(rule: str, source: Side, target: Side, why: str, full: bool = False) -> _Finding:
+def _sync(rule: str, source: Side, target: Side, why: str, full: bool = False, policy: str = "") -> _Finding:
     extent = "in full" if full else "by bitmap"
-    return _Finding(Kind.SOURCE, rule, f"{why}: {target.node} is synced from {source.node}, {extent}.", full, source)
+    reason = f"{why}: {target.node} is synced from {source.node}, {extent}."
+    return _Finding(Kind.SOURCE, rule, reason, full, source, policy)
 
 
 def _behind(rule: str, one: Side, other: Side, one_behind: bool, other_behind: bool, full: bool) -> _Finding | None:
     if one_behind and other_behind:  # no history of ours leads there: metadata was copied or restored
         why = f"{one.node} and {other.node} each look older than the other"
-        return _split_brain("contradiction", one, other, why, full=True)
+        return _split_brain("contradiction", one, other, why, full=True, doubt="their metadata contradict each other")
     if not one_behind and not other_behind:
         return None
     old, new = (one, other) if one_behind else (other, one)
@@ -312,17 +323,27 @@ def _newer_is_inconsistent(new: Side, old: Side) -> _Finding:
     )
 
 
-def _split_brain(rule: str, one: Side, other: Side, why: str, full: bool) -> _Finding:
-    """A split brain; or a resync, when exactly one side may be discarded and is no Primary."""
+def _split_brain(rule: str, one: Side, other: Side, why: str, full: bool, doubt: str = "") -> _Finding:
+    """A split brain; or a resync, when exactly one side may be discarded and is no Primary.
+
+    What the operator has said comes before what the configuration says (`replica.split_brain`; `doubt`: see there).
+    """
     if one.discard != other.discard:
         loser, winner = (one, other) if one.discard else (other, one)
         if not loser.serving and (loser.incomplete or not winner.incomplete):
             return _sync(f"{rule}-discard", winner, loser, f"{why} and {loser.node} discards its own", full)
         advice = "make it Secondary first" if loser.serving else f"{winner.node} is Inconsistent"
         return _Finding(Kind.SPLIT_BRAIN, rule, f"{why}, and {loser.node} can't discard its own: {advice}.", full)
-    advice = "both discard" if one.discard else "run 'replicactl connect --discard-my-data'"
-    where = "of which only one may" if one.discard else "on the node whose changes are to be lost"
-    return _Finding(Kind.SPLIT_BRAIN, rule, f"{why}: {advice} {where}.", full)
+    if one.discard:
+        return _Finding(Kind.SPLIT_BRAIN, rule, f"{why}: both discard of which only one may.", full)
+    ruling = split_brain.ruling(one, other, full=full, doubt=doubt)
+    if ruling.words:
+        why = f"{why}, and {ruling.words}"
+    if ruling.loser is not None:
+        winner = other if ruling.loser is one else one
+        return _sync(f"{rule}-{ruling.policy}", winner, ruling.loser, why, full, ruling.policy)
+    advice = "run 'replicactl connect --discard-my-data' on the node whose changes are to be lost"
+    return _Finding(Kind.SPLIT_BRAIN, rule, f"{why}: {advice}.", full)
 
 
 def _guard(one: Side, other: Side, finding: _Finding) -> _Finding:

@@ -242,8 +242,10 @@ class Resource:
             unbroken=self.unbroken and self.settings.protocol == "C",
             is_primary=self.state.role is Role.PRIMARY,
             attaching=self.peer_volume is not None,
+            parted_as_primary=superblock.parted_as_primary,
             dirty=self.disk.bitmap.count,
             discard=self.discard_my_data,
+            policies=self.settings.after_split_brain,
         )
 
     def facts(self) -> dict[str, Any]:

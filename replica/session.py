@@ -10,9 +10,10 @@ The order of durable records is what makes every crash in between safe; it is to
 import asyncio
 import contextlib
 import logging
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, Final
 
-from replica import wire
+from replica import split_brain, wire
 from replica.bitmap import BLOCK_SIZE
 from replica.errors import ReplicaError
 from replica.generation import (
@@ -30,6 +31,7 @@ from replica.hooks import Event
 from replica.link import LinkLost, PeerLink
 from replica.mirror import Mirror
 from replica.resync import SyncSource, SyncTarget
+from replica.split_brain import Policies
 from replica.stand_in import StandIn
 from replica.states import Disk, Replication, Role
 from replica.tasks import spawn
@@ -162,6 +164,8 @@ class Session:
             return
         if mine.attaching and not self._stand_in.may_go_on(peer, ran_on):
             raise DiskRejected(resource.state.last_error)
+        if mine.policies != peer.policies:
+            log.warning("%s: %s: both nodes need the same.", resource.name, split_brain.difference(mine, peer))
         verdict = decide(mine, peer)
         self._verdict, self._discards = verdict.reason, mine.discard
         log.info("%s: %s", resource.name, verdict.reason)
@@ -172,6 +176,9 @@ class Session:
         resource.discard_my_data = False
         if verdict.size_bytes != mine.size_bytes and verdict.kind is not Kind.NO_GOOD_COPY:
             await resource.adopt_size(verdict.size_bytes)
+        if verdict.policy:
+            # Changes are lost without an operator's word: the status says so until the link ends.
+            resource.state.change(last_error=verdict.reason)
         if verdict.kind in (Kind.BOTH_NEW, Kind.NO_GOOD_COPY):
             resource.state.change(replication=Replication.OFF, last_error=verdict.reason)
         elif verdict.kind is Kind.IN_SYNC:
@@ -181,9 +188,17 @@ class Session:
         else:
             await self._be_target(verdict)
 
+    def _meet(self) -> bool:
+        """The two are in touch: should they part, what counts is the role from here on. True when the superblock,
+        which the caller saves at once, has said something else.
+        """
+        superblock = self._resource.superblock
+        before, superblock.parted_as_primary = superblock.parted_as_primary, self._resource.state.role is Role.PRIMARY
+        return superblock.parted_as_primary != before
+
     async def _be_in_sync(self) -> None:
         superblock = self._resource.superblock
-        if superblock.outdated or superblock.peers[0].outdated:
+        if self._meet() or superblock.outdated or superblock.peers[0].outdated:
             superblock.outdated = superblock.peers[0].outdated = False
             await self._resource.save()
         self._establish()
@@ -267,6 +282,7 @@ class Session:
         await self._link.receive(wire.SYNC_READY)
         # The peer has recorded that it is Inconsistent: from now on it is out of sync by its own word.
         superblock.peers[0].outdated = True
+        self._meet()
         await resource.save()
         resource.volume.alone_recorded = True
         self._source = SyncSource(
@@ -314,6 +330,7 @@ class Session:
         """Before the peer may call itself UpToDate: if we lose it now, we must make a new generation first."""
         self._resource.volume.alone_recorded = False
         self._resource.superblock.peers[0].outdated = False
+        self._meet()
         await self._resource.save()
 
     async def _close_generation(self) -> None:
@@ -370,6 +387,7 @@ class Session:
         superblock.generations = sync_started_target(superblock.generations, offered.base)
         resource.unbroken = False
         superblock.inconsistent = True
+        self._meet()
         superblock.just_created = superblock.outdated = superblock.ahead = superblock.promoted_alone = False
         # Durable before the first block changes: a half-copied disk is marked.
         if verdict.full:
@@ -420,6 +438,7 @@ class Session:
         superblock.inconsistent = superblock.outdated = superblock.just_created = False
         superblock.ahead = superblock.promoted_alone = False
         superblock.peers[0].outdated = False
+        self._meet()
         await self._resource.save()
 
     # ── while it lasts ───────────────────────────────────────────────────────────────────────────────────────
@@ -483,8 +502,10 @@ def _side_as_map(side: Side | None) -> dict[str, Any] | None:
         "unbroken": side.unbroken,
         "is_primary": side.is_primary,
         "attaching": side.attaching,
+        "parted_as_primary": side.parted_as_primary,
         "dirty": side.dirty,
         "discard": side.discard,
+        "after_split_brain": {name: str(policy) for name, policy in asdict(side.policies).items()},
     }
 
 
@@ -508,13 +529,16 @@ def _side_from_map(node: str, message: Any) -> Side | None:
             "discard",
         )
     }
+    policies = wire.field(message, "after_split_brain", dict)
     return Side(
         node=node,
         generations=Generations(
             wire.field(message, "current", int), wire.field(message, "base", int), _ids(message, "history")
         ),
         size_bytes=wire.field(message, "size_bytes", int),
+        parted_as_primary=wire.field(message, "parted_as_primary", bool),
         dirty=wire.field(message, "dirty", int),
+        policies=Policies(**{field.name: wire.field(policies, field.name, str) for field in fields(Policies)}),
         **flags,
     )
 

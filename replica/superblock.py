@@ -62,6 +62,7 @@ class Superblock:
     ahead                may hold writes that the peer lost (source among equals)
     promoted_alone       was promoted without its peer in this generation, and flushed then: holds, durably, everything
                          that was ever acknowledged in it (source among equals, before `ahead`)
+    parted_as_primary    was Primary when the two were last in touch (`after-split-brain`: who is the older Primary)
     bitmap_epoch         part of every bitmap sector's checksum: a new epoch makes all stored sectors "all dirty"
     bitmap_default_ones  what a bitmap sector of zeroes means: all dirty, or all clean
     """
@@ -83,6 +84,7 @@ class Superblock:
     primary: bool = False
     ahead: bool = False
     promoted_alone: bool = False
+    parted_as_primary: bool = False
     bitmap_epoch: int = 1
     bitmap_default_ones: bool = False
     al_offset: int = AL_OFFSET
@@ -205,6 +207,8 @@ def _from_body(body: Any) -> Superblock:
         primary=_flag(body, "primary"),
         ahead=_flag(body, "ahead"),
         promoted_alone=_flag(body, "promoted_alone"),
+        # Written since there are policies; without it no policy can tell who was Primary first.
+        parted_as_primary="parted_as_primary" in body and _flag(body, "parted_as_primary"),
         bitmap_epoch=_number(body, "bitmap_epoch", 0, MAX_ID),
         bitmap_default_ones=_flag(body, "bitmap_default_ones"),
         al_offset=_number(body, "al_offset", AL_OFFSET, MAX_ID),

@@ -68,6 +68,8 @@ class Verbs:
         superblock.primary = True
         # The peer may come back having lost what is durable here by now, and must not win by its crash.
         superblock.promoted_alone = not volume.mirroring
+        # Promoted alone it is the younger Primary, unless it is one again: what it was when they parted stays.
+        superblock.parted_as_primary = superblock.parted_as_primary or volume.mirroring
         await resource.save()
         # While every write is mirrored, `alone_recorded` is what the session made it.
         if not volume.mirroring:
@@ -179,6 +181,7 @@ class Verbs:
         if not resource.failed:
             await volume.empty_activity_log()
         superblock.primary = False
+        superblock.parted_as_primary = superblock.parted_as_primary and not volume.mirroring
         # Alone without a new generation, and yet the peer may have lost what it had not flushed.
         superblock.ahead = superblock.ahead or (not volume.mirroring and resource.disk.bitmap.count > 0)
         await resource.save()

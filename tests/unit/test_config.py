@@ -9,6 +9,7 @@ import pytest
 from replica import config_values
 from replica.config import ConfigError, Listen, load_config
 from replica.hooks import Event, HookSettings
+from replica.split_brain import CASES, CHOICES, Policies, Policy
 from replica.toml_lines import find_line, key_lines
 
 GOOD = """\
@@ -96,6 +97,7 @@ settle-interval = 1
 settle-bytes = "1M"
 resync-rate = "100MiB"
 on-io-error = "pass-on"
+after-split-brain = { no-primary = "discard-zero-changes" }
 max-nbd-connections = 3
 nbd-inflight-bytes = 2097152
 """
@@ -106,6 +108,7 @@ nbd-inflight-bytes = 2097152
     )
     assert (side.al_extents, side.settle_interval_s, side.settle_bytes) == (7, 1.0, 1 << 20)
     assert (side.resync_rate_bytes_s, side.on_io_error) == (100 << 20, "pass-on")
+    assert side.after_split_brain == Policies(no_primary="discard-zero-changes")
     assert (side.max_nbd_connections, side.nbd_inflight_bytes) == (3, 2 << 20)
 
 
@@ -160,7 +163,8 @@ MISTAKES = [
     ('protocol = "C"', 'protocol = "D"', 13, "resource.r0.protocol", "must be A, B or C, not 'D'"),
     ('protocol = "C"', 'protocoll = "C"', 13, "resource.r0.protocoll", "did you mean 'protocol'?"),
     ('protocol = "C"', "xyzzy = 1", 13, "resource.r0.xyzzy", "unknown key (known are protocol, port"),
-    ('protocol = "C"', 'after-split-brain = "x"', 13, "resource.r0.after-split-brain", "by this version yet"),
+    ('protocol = "C"', 'after-split-brain = "x"', 13, "resource.r0.after-split-brain", "must be a table such as {"),
+    ("timeout = 2", "after-split-brain = {}", 20, "resource.r0.on.node2.after-split-brain", "set it in [resource.r0]"),
     ('protocol = "C"', 'data-integrity = "yes"', 13, "resource.r0.data-integrity", "must be true or false"),
     ('protocol = "C"', 'settle-bytes = "64Q"', 13, "resource.r0.settle-bytes", "must be a size"),
     ('protocol = "C"', "settle-bytes = -1", 13, "resource.r0.settle-bytes", "must be a size"),
@@ -246,6 +250,57 @@ def test_a_mistake_is_named_with_file_line_and_key(
     message = error_of(file)
     assert message.startswith(f"{file}:{line}: {key}: "), message
     assert part in message
+
+
+#: (the table, a part of the sentence)
+POLICY_MISTAKES = [
+    ('no-primry = "disconnect"', "has no key 'no-primry': its keys are no-primary, one-primary, two-primaries"),
+    (
+        'no-primary = "discard"',
+        "no-primary must be disconnect, discard-zero-changes, discard-least-changes, discard-yo",
+    ),
+    ('no-primary = "discard-secondary"', "no-primary must be disconnect, discard-zero-changes"),
+    ("no-primary = 5", "discard-older-primary, not 5"),
+    ('one-primary = "discard-least-changes"', "one-primary must be disconnect, discard-secondary or consensus, not"),
+    ('one-primary = "violently-as0p"', "'violently-as0p' is refused: it would overwrite a Primary under its clients"),
+    ('one-primary = "call-pri-lost-after-sb"', "is refused: it gives up a Primary's data by a handler"),
+    ('no-primary = "discard-node-node1"', "is refused: it names the loser beforehand"),
+    ('two-primaries = "violently-as0p"', "two-primaries = 'violently-as0p' is refused: it would overwrite a Primary"),
+    ('two-primaries = "call-pri-lost-after-sb"', "is refused: it gives up a Primary's data"),
+    (
+        'two-primaries = "consensus"',
+        "two-primaries must be disconnect, not 'consensus': with two Primaries an operator",
+    ),
+]
+
+
+@pytest.mark.parametrize(("table", "part"), POLICY_MISTAKES)
+def test_a_mistake_in_the_policies(write: Callable[[str], Path], table: str, part: str) -> None:
+    for text in (
+        GOOD.replace('protocol = "C"', f"after-split-brain = {{ {table} }}"),
+        GOOD.replace("[resource.r0]", f"[resource.r0.after-split-brain]\n{table}\n[resource.r0]"),
+    ):
+        file = write(text)
+        message = error_of(file)
+        line = next(number for number, words in enumerate(text.splitlines(), 1) if "after-split-brain" in words)
+        assert message.startswith(f"{file}:{line}: resource.r0.after-split-brain: "), message
+        assert part in message
+
+
+def test_policies(write: Callable[[str], Path]) -> None:
+    table = 'after-split-brain = { no-primary = "discard-least-changes", one-primary = "consensus" }\n'
+    for node in ("node1", "node2"):
+        resource = load_config(write(GOOD.replace("port =", table + "port =")), node).resource()
+        assert resource.local.after_split_brain == Policies(Policy.LEAST_CHANGES, Policy.CONSENSUS, Policy.DISCONNECT)
+        assert resource.peer.after_split_brain == resource.local.after_split_brain
+        assert load_config(write(GOOD), node).resource().local.after_split_brain == Policies()
+
+
+@pytest.mark.parametrize(("case", "policy"), [(case, policy) for case in CASES for policy in CHOICES[case]])
+def test_every_policy(write: Callable[[str], Path], case: str, policy: Policy) -> None:
+    text = GOOD.replace("port =", f'after-split-brain = {{ {case} = "{policy}" }}\nport =')
+    policies = load_config(write(text), "node1").resource().local.after_split_brain
+    assert policies == Policies(**{case.replace("-", "_"): policy})
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from replica.generation import (
     sync_started_source,
     sync_started_target,
 )
+from replica.split_brain import Policies
 
 GIB = 1 << 30
 MIRROR = {Kind.SOURCE: Kind.TARGET, Kind.TARGET: Kind.SOURCE}
@@ -452,6 +453,11 @@ def test_a_replaced_node_that_served_another_pair_is_unrelated() -> None:
 # ---- properties
 
 IDS = st.integers(0, 6)
+POLICIES = (
+    Policies(),
+    Policies("discard-least-changes", "discard-secondary"),
+    Policies("discard-younger-primary", "consensus"),
+)
 
 
 @st.composite
@@ -470,8 +476,10 @@ def sides(draw: st.DrawFn, node: str) -> Side:
         unbroken=draw(flag),
         is_primary=primary,
         attaching=primary and draw(flag),
+        parted_as_primary=draw(flag),
         dirty=draw(st.sampled_from([0, 0, 7])),
         discard=draw(flag),
+        policies=draw(st.sampled_from(POLICIES)),
     )
 
 

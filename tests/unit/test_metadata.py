@@ -276,6 +276,7 @@ def test_a_newer_format_is_refused() -> None:
         (("peers",), []),
         (("peers",), [{"name": "n"}]),
         (("primary",), 1),
+        (("parted_as_primary",), None),
         (("generations",), 5),
         (("generations", "history"), list(range(1, 34))),
         (("generations", "history"), [0]),
@@ -295,6 +296,22 @@ def test_nonsense_with_a_good_checksum_is_refused(path: tuple[str, ...], value: 
         for bad in (msgpack.packb(body), b"\xc1", b"", b"\x05"):
             with pytest.raises(MetadataError, match="can't be used"):
                 await loaded(raw_superblock(1, bad))
+
+    run(work)
+
+
+@pytest.mark.parametrize("value", [None, False, True])
+def test_older_metadata_do_not_say_who_parted_as_primary(value: bool | None) -> None:
+    data = encode(new_superblock(parted_as_primary=True), 1)
+    body = msgpack.unpackb(data[40 : 40 + struct.unpack_from("<8sII", data)[2]])
+    if value is None:
+        del body["parted_as_primary"]
+    else:
+        body["parted_as_primary"] = value
+
+    async def work() -> None:
+        metadata = await loaded(raw_superblock(1, msgpack.packb(body)))
+        assert metadata.superblock == new_superblock(parted_as_primary=value is True)
 
     run(work)
 
