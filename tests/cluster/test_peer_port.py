@@ -187,6 +187,24 @@ def test_an_unanswered_handshake_does_not_keep_the_operator_waiting(pair: Cluste
     pair.node2.write(0, b"p" * 4096)
 
 
+def test_a_peer_that_dials_anew_while_the_two_part(pair: Cluster) -> None:
+    """A split brain was found, the peer died before it said so, too, and is back: node2 stays StandAlone."""
+    pair.node1.stop()
+    pair.node2.wait_alone()
+    fake = FakePeer(pair)
+    side = {**wire.unpack_map(fake.receive(wire.STATE))["side"], "current": 77, "base": 0, "history": []}
+    state = {"role": "Secondary", "disk": "UpToDate", "paused": False, "side": side}
+    fake.send(wire.pack(wire.STATE, wire.pack_map(state)))
+    assert wire.unpack_map(fake.receive(wire.STATE)) == {"refused": True}
+    with pytest.raises(AssertionError, match="r0 is StandAlone on node2"):
+        FakePeer(pair).receive(wire.STATE)
+    assert "nothing in common" in pair.node2.wait_connection("StandAlone")["last_error"]
+    assert "Traceback" not in pair.node2.log()
+    pair.node2.ctl("connect")
+    pair.node1.start()
+    pair.wait_in_sync()
+
+
 @pytest.fixture(autouse=True)
 def _patience() -> Any:
     """Sockets of these tests never wait for ever."""

@@ -33,6 +33,7 @@ class Operator:
         self.over = False
         #: Verbs that change a role, under way; one at a time where two Primaries are forbidden.
         self._changing: dict[int, Machine] = {}
+        self.oracle.judge.changing_roles = lambda: bool(self._changing)
         self._numbers = 0
         self._records = {machine.name: Durable(machine, cached=True) for machine in run.machines}
 
@@ -157,6 +158,8 @@ class Operator:
 
         def finished(error: Exception | None) -> None:
             self._changing.pop(number, None)
+            if role and error is not None:
+                self.oracle.judge.roles_unknown()
             self.trace.note(f"{machine.name} {words}: {'done' if error is None else str(error)[:100]}")
             if done is not None:
                 done(error)
@@ -208,21 +211,45 @@ class Operator:
         allowed = not other.is_primary and not self._changing
         if allowed and ((resource.attached and self.eligible(machine)) or self._through_peer(machine)):
             self._do(machine, "promote", lambda node: node.verbs.promote(), role=True)
-        elif self.scenario.split_brain and self.rng.random() < 0.4 and resource.attached:
-            if resource.superblock.just_created:
-                return
-            force = self.rng.random() < 0.5
-            fork = self.oracle.accepted_fork
-            fork[machine.name] = None
-            if force and resource.superblock.inconsistent:
-                self.oracle.discarding[other.name] = None
-            self._do(
-                machine,
-                f"promote{' --force' if force else ''} whatever the other is",
-                lambda node: node.verbs.promote(force=force),
-                lambda error: None if machine.is_primary else fork.pop(machine.name, None),
-                role=True,
-            )
+        elif self.scenario.split_brain and self.rng.random() < 0.4:
+            self._promote_whatever(machine, force=self.rng.random() < 0.5)
+
+    def _promote_whatever(self, machine: "Machine", *, force: bool) -> None:
+        resource = machine.resource
+        if resource is None or not resource.attached or resource.superblock.just_created:
+            return
+        if force and self._restarted(machine):
+            return
+        fork = self.oracle.accepted_fork
+        fork[machine.name] = None
+        if force and resource.superblock.inconsistent:
+            self.oracle.discarding[self.other(machine).name] = None
+        self._do(
+            machine,
+            f"promote{' --force' if force else ''} whatever the other is",
+            lambda node: node.verbs.promote(force=force),
+            lambda error: None if machine.is_primary else fork.pop(machine.name, None),
+            role=True,
+        )
+
+    def verb_part(self, machine: "Machine") -> None:
+        """Both serve on their own for a while; whoever is still Primary when they meet again is one."""
+        if self.scenario.split_brain:
+            self.verb_disconnect(machine)
+            self.world.after(self.rng.random() * 0.1, self._serve_apart)
+            self.world.after(self.rng.expovariate(1 / 0.3), self._meet, machine)
+
+    def _serve_apart(self) -> None:
+        for machine in self.machines:
+            if not self.over and not machine.is_primary:
+                self._promote_whatever(machine, force=False)
+
+    def _meet(self, machine: "Machine") -> None:
+        for one in self.machines:
+            if self.rng.random() < 0.6:
+                self.verb_demote(one)
+        if machine.resource is not None:
+            self.verb_connect(machine)
 
     def _initial_promote(self, machine: "Machine") -> None:
         if not self._changing:
@@ -356,10 +383,16 @@ class Operator:
             return True
         return False
 
-    def _promote_by_force(self, machine: "Machine", words: str) -> None:
+    @staticmethod
+    def _restarted(machine: "Machine") -> bool:
+        """If its page cache holds what its disk has lost, nobody takes such a machine without a new start."""
         if machine.data.has_unwritten:
-            # Its page cache holds what its disk has lost: nobody takes such a machine without a new start.
             machine.die(power=True, why="restarted after a failed flush")
+            return True
+        return False
+
+    def _promote_by_force(self, machine: "Machine", words: str) -> None:
+        if self._restarted(machine):
             return
         self.oracle.accepted_fork[machine.name] = None
         self.oracle.discarding[self.other(machine).name] = None

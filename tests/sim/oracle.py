@@ -27,6 +27,8 @@ Direction   whenever a superblock changes: the copy that would be source after a
 Half copied a node that begins to take resync data is durably Inconsistent.
 Hooks       before-resync-target is asked while the copy is not Inconsistent, on record and by the node's own account
             (the record of its completion can still be under way); when it refuses, that link's resync does not begin.
+Policy      (tests.sim.policies) after a split brain nothing is discarded but by the operator's word or by what the
+            seed's policies allow; a Primary is never overwritten.
 One Primary where the operator forbids two, and no split brain there.
 Copies      are byte-identical once both are Established and quiet.
 """
@@ -38,9 +40,11 @@ from typing import TYPE_CHECKING
 from replica import bitmap
 from replica.generation import Generations, Kind, Side, Verdict, decide
 from replica.hooks import Event
+from replica.split_brain import Policies
 from replica.states import Replication
 from tests.sim.disk import SECTOR
 from tests.sim.on_disk import Reader, Unreadable
+from tests.sim.policies import IN_TOUCH, PolicyJudge
 from tests.sim.trace import Trace, Violation
 
 if TYPE_CHECKING:
@@ -69,9 +73,10 @@ class Entry:
 class Durable:
     """The durable metadata of one machine, decoded when they have changed."""
 
-    def __init__(self, machine: "Machine", *, cached: bool = False) -> None:
+    def __init__(self, machine: "Machine", policies: Policies | None = None, *, cached: bool = False) -> None:
         """`cached`: as a process that is started now would read them (for the operator)."""
         self.machine = machine
+        self._policies = policies or Policies()
         self._cached = cached
         image = machine.metadata.cache if cached else machine.metadata.durable
         self._reader = Reader(image, sector_bits=bitmap.SECTOR_BITS)
@@ -104,6 +109,11 @@ class Durable:
             self.cover = reader.bits | _blocks_of(reader.extents, superblock.blocks)
         return True
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the superblock can be read and does not say Inconsistent."""
+        return self.superblock is not None and not self.superblock.inconsistent
+
     def side(self) -> Side | None:
         """This copy as it would introduce itself after a power cut now."""
         superblock = self.superblock
@@ -123,7 +133,9 @@ class Durable:
             inconsistent=superblock.inconsistent,
             ahead=superblock.ahead or superblock.primary,
             promoted_alone=superblock.promoted_alone,
+            parted_as_primary=superblock.parted_as_primary,
             dirty=self.cover.bit_count(),
+            policies=self._policies,
         )
 
 
@@ -208,7 +220,15 @@ class Lineage:
 class Oracle:
     """Watches one run."""
 
-    def __init__(self, machines: "tuple[Machine, Machine]", trace: Trace, *, protocol: str, split_brain: bool) -> None:
+    def __init__(
+        self,
+        machines: "tuple[Machine, Machine]",
+        trace: Trace,
+        *,
+        protocol: str,
+        split_brain: bool,
+        policies: dict[str, Policies],
+    ) -> None:
         self.machines = machines
         self.trace = trace
         self.protocol = protocol
@@ -223,7 +243,8 @@ class Oracle:
         self.given_up: dict[str, None] = {}
         shared = Lineage()
         self.lineage = {machine.name: shared for machine in machines}
-        self.durable = {machine.name: Durable(machine) for machine in machines}
+        self.durable = {machine.name: Durable(machine, policies[machine.name]) for machine in machines}
+        self.judge = PolicyJudge(self.durable, policies)
         self._primary: dict[str, bool] = {machine.name: False for machine in machines}
         self._replication: dict[str, str] = {}
         self._refused: dict[str, int] = {}  # the session in which a hook said no to the resync
@@ -316,8 +337,12 @@ class Oracle:
     def _metadata_persisted(self, _sectors: Iterable[int]) -> None:
         one, two = (self.durable[machine.name] for machine in self.machines)
         raw = (one.raw_superblock, two.raw_superblock)
+        complete = [one.is_complete, two.is_complete]
         if not (one.refresh() | two.refresh()) or self.violation is not None:
             return
+        for machine, durable, before in zip(self.machines, (one, two), complete, strict=True):
+            if before and not durable.is_complete:
+                self.judge.inconsistent(machine, self.other(machine))
         mine, peer = one.side(), two.side()
         if mine is None or peer is None:
             # A new copy being made, or damage that the fault model keeps to one copy.
@@ -422,6 +447,7 @@ class Oracle:
             self.fail("One Primary", f"{machine.name} answered a write while {peer.name} is Primary as well")
         self._ended(entries)
         leader, follower, alone = self._who_leads(machine)
+        self.judge.acknowledged(leader, entries, alone=alone)
         for entry in entries:
             entry.level = ACKED
             # Applied, or what overlaps it was applied instead, in an order that was never promised.
@@ -538,24 +564,27 @@ class Oracle:
             elif replication == Replication.ESTABLISHED:
                 self.given_up.pop(machine.name, None)
                 self._established()
+        self.judge.observe(machine)  # last: a new state must not change the facts that led to it
 
     def gone(self, machine: "Machine") -> None:
         """The node's process has died."""
         self._primary[machine.name] = False
         self._replication[machine.name] = ""
+        self.judge.gone(machine)
 
     def _promoted(self, machine: "Machine") -> None:
         self.trace.note(f"{machine.name} is Primary")
         peer = self.other(machine)
         if machine.name in self.accepted_fork:
             del self.accepted_fork[machine.name]
-            self._adopt(machine)
-            return
+            if self._replication.get(machine.name) not in IN_TOUCH:  # else it forks from nobody
+                self._adopt(machine)
+                return
         if peer.is_primary and not self.split_brain:
             self.fail("One Primary", f"{machine.name} became Primary while {peer.name} is Primary")
         lineage = self.lineage[machine.name]
         # A node without a good disk serves the other one's copy.
-        copy = peer if machine.resource is not None and machine.resource.peer_volume is not None else machine
+        copy = peer if self._works_through_peer(machine) else machine
         for entry in list(lineage.acked):
             # Asynchronous protocols may lose what the old Primary had acknowledged. With C only what was lost here,
             # and the operator chose this node all the same.
@@ -607,10 +636,14 @@ class Oracle:
             self.fail("Half copied", f"{machine.name} takes resync data and is not durably Inconsistent")
         if self._session(machine) == self._refused.get(machine.name):
             self.fail("Hooks", f"{machine.name} takes resync data although its hook has refused")
+        if machine.is_primary and not self._works_through_peer(machine):
+            self.fail("Policy", f"{machine.name} is Primary and is overwritten by {source.name}")
         mine, theirs = self.lineage[machine.name], self.lineage[source.name]
+        own = mine is not theirs and (mine.acks or self.judge.has_changes(machine))
+        if own and machine.name not in self.discarding:
+            self._discarded(machine, source)
+        self.judge.together()
         if mine is not theirs:
-            if mine.acks and machine.name not in self.discarding:
-                self.fail("Direction", f"{machine.name} has writes of its own and is overwritten by {source.name}")
             self.discarding.pop(machine.name, None)
             self.lineage[machine.name] = theirs
             self._metadata_persisted(())
@@ -633,6 +666,10 @@ class Oracle:
                     return
 
     @staticmethod
+    def _works_through_peer(machine: "Machine") -> bool:
+        return machine.resource is not None and machine.resource.peer_volume is not None
+
+    @staticmethod
     def _session(machine: "Machine") -> int:
         link = machine.resource.link if machine.resource is not None else None
         return link.session if link is not None else 0
@@ -650,19 +687,30 @@ class Oracle:
         if event is Event.BEFORE_RESYNC_TARGET and problem:
             self._refused[machine.name] = self._session(machine)
 
+    def _discarded(self, loser: "Machine", winner: "Machine") -> None:
+        """It has writes of its own that go, and the operator has not said so."""
+        why_not = self.judge.why_not(loser, winner)
+        if why_not:
+            what = f"{loser.name} has writes of its own and is overwritten by {winner.name}"
+            self.fail("Policy" if self.split_brain else "Direction", f"{what}, although {why_not}")
+        self.trace.fault("policy", f"the changes of {loser.name} are discarded for those of {winner.name}")
+
     def _established(self) -> None:
+        if any(self._replication.get(machine.name) != Replication.ESTABLISHED for machine in self.machines):
+            return
+        self.judge.together()
         one, two = (self.lineage[machine.name] for machine in self.machines)
         if one is two:
             return
-        if all(self._replication.get(machine.name) == Replication.ESTABLISHED for machine in self.machines):
-            if one.acks and two.acks and not self.discarding:
-                self.fail("Direction", "both copies have writes of their own and count as in sync")
-            winner = two if two.acks else one
-            if self.discarding:
-                winner = next(self.lineage[m.name] for m in self.machines if m.name not in self.discarding)
-                self.discarding.clear()
-            for machine in self.machines:
-                self.lineage[machine.name] = winner
+        if one.acks and two.acks and not self.discarding:
+            self.fail("Direction", "both copies have writes of their own and count as in sync")
+        # With no answer on either, the Primary's: it has those that are still to come.
+        winner = two if two.acks or (not one.acks and self.machines[1].is_primary) else one
+        if self.discarding:
+            winner = next((self.lineage[m.name] for m in self.machines if m.name not in self.discarding), winner)
+            self.discarding.clear()
+        for machine in self.machines:
+            self.lineage[machine.name] = winner
 
     def check_image(self, machine: "Machine", rule: str) -> None:
         """Every sector that was ever written shows an allowed value on this machine."""

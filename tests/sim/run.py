@@ -70,7 +70,13 @@ class Run:
         generation = 0 if scenario.fresh else scenario.rng("generation").getrandbits(64) | 1
         for machine in self.machines:
             machine.format(generation)
-        self.oracle = Oracle(self.machines, self.trace, protocol=scenario.protocol, split_brain=scenario.split_brain)
+        self.oracle = Oracle(
+            self.machines,
+            self.trace,
+            protocol=scenario.protocol,
+            split_brain=scenario.split_brain,
+            policies={machine.name: scenario.policies_of(machine.name) for machine in self.machines},
+        )
         self.workload = Workload(scenario, self.oracle, scenario.rng("clients"))
         self.operator = Operator(self, scenario.rng("operator"))
         self.requesting = True

@@ -12,8 +12,10 @@ from typing import Any
 
 from replica import config as cfg
 from replica.hooks import Event, HookSettings
+from replica.split_brain import Policies
 from tests.sim.disk import SECTOR, DiskFaults
 from tests.sim.network import NetworkFaults
+from tests.sim.policies import draw_parting_rate, draw_policies
 
 
 @dataclasses.dataclass
@@ -35,6 +37,7 @@ class Scenario:
     mix: list[tuple[str, float]]
     fresh: bool
     split_brain: bool
+    policies: dict[str, Policies]  # by node; in force where a split brain is accepted
     restart_s: float
     heal_s: float
     fault_rates: dict[str, float]
@@ -53,9 +56,19 @@ class Scenario:
         shift = self.extent_shift - 9
         return range(first >> shift, ((first + count - 1) >> shift) + 1)
 
+    def policies_of(self, node: str) -> Policies:
+        """What this node's configuration says."""
+        return self.policies[node] if self.split_brain else Policies()
+
     def rng(self, name: str) -> random.Random:
         """A stream of its own for each part, so that one part's draws do not shift another's."""
         return random.Random(f"{self.seed}/{name}")
+
+    def _split_brain_words(self) -> str:
+        if not self.split_brain:
+            return ""
+        one, two = self.policies.values()
+        return f", split brain accepted ({one}{'' if one == two else f'; node2: {two}'})"
 
     def summary(self) -> str:
         """One line for the trace."""
@@ -64,7 +77,7 @@ class Scenario:
         return (
             f"{self.size_bytes >> 10} KiB, extents of {1 << self.extent_shift >> 10} KiB, {self.al_slots} slots, "
             f"protocol {self.protocol}, {self.duration_s:.1f} s"
-            f"{', split brain accepted' if self.split_brain else ''}{', new copies' if self.fresh else ''}"
+            f"{self._split_brain_words()}{', new copies' if self.fresh else ''}"
             f"{f', {bits} bits in a sector of the bitmap' if bits else ''}"
             f"{', hooks' if self.hook_timeout_s else ''}; "
             + ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items() if rate)
@@ -139,6 +152,7 @@ def draw(seed: int, bias: Callable[[Scenario, random.Random], None] | None = Non
         mix=[(name, weight / total) for name, weight in mix.items()],
         fresh=rng.random() < 0.15,
         split_brain=rng.random() < 0.15,
+        policies=draw_policies(seed),
         restart_s=rng.choice((0.02, 0.1, 0.3, 0.8)),
         heal_s=rng.choice((0.05, 0.2, 0.6, 1.5)),
         fault_rates=faults,
@@ -160,6 +174,8 @@ def draw(seed: int, bias: Callable[[Scenario, random.Random], None] | None = Non
     hooks = scenario.rng("hooks")
     if hooks.random() < 0.25:
         scenario.hook_timeout_s = hooks.choice((0.05, 0.3, 1.0))
+    if scenario.split_brain:
+        scenario.verb_rates["part"] = draw_parting_rate(seed)
     if bias is not None:
         bias(scenario, rng)
     return scenario
@@ -282,13 +298,14 @@ def _base_config(node: str) -> cfg.Config:
 def configuration(scenario: Scenario, node: str) -> cfg.Config:
     """The configuration file as this node reads it, with the settings of the scenario."""
     config = _base_config(node)
+    side = {**scenario.side, "after_split_brain": scenario.policies_of(node)}
     timeout_s = scenario.hook_timeout_s
     hooks = HookSettings(timeout_s, {event: ("/sim/hook",) for event in Event}) if timeout_s else HookSettings()
     resources = {
         name: dataclasses.replace(
             resource,
-            local=dataclasses.replace(resource.local, backing=Path("/sim/r0.img"), **scenario.side),
-            peer=dataclasses.replace(resource.peer, backing=Path("/sim/r0.img"), **scenario.side),
+            local=dataclasses.replace(resource.local, backing=Path("/sim/r0.img"), **side),
+            peer=dataclasses.replace(resource.peer, backing=Path("/sim/r0.img"), **side),
             hooks=hooks,
         )
         for name, resource in config.resources.items()
