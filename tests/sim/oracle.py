@@ -481,7 +481,8 @@ class Oracle:
         sync): its own, unless the other one has recorded that it goes on without the Primary's.
         """
         peer = self.other(machine)
-        if not self._recorded_alone(machine) and self._recorded_alone(peer):
+        of_one_mind = self.lineage[machine.name] is self.lineage[peer.name] and not peer.is_primary
+        if of_one_mind and not self._recorded_alone(machine) and self._recorded_alone(peer):
             return peer, machine, True
         return machine, peer, self._recorded_alone(machine)
 
