@@ -564,6 +564,8 @@ class Oracle:
                 self._overwritten(machine)
             elif replication == Replication.ESTABLISHED:
                 self.given_up.pop(machine.name, None)
+                if before in (Replication.SYNC_TARGET, Replication.PAUSED_SYNC_T):
+                    self.judge.together()  # it has everything of the source's, whether that one knows it yet or not
                 self._established()
         self.judge.observe(machine)  # last: a new state must not change the facts that led to it
 
