@@ -12,7 +12,7 @@ PYTEST_ARGS ?=
 
 # What the tests drive the project with; all are optional: a test that lacks its program says so and is skipped.
 DEBIAN_PACKAGES := qemu-utils qemu-system-common nbdkit nbd-client nbd-server libnbd-bin python3-libnbd \
-                   fio iproute2 nftables
+                   fio iproute2 nftables e2fsprogs
 
 TEST_DIRS := $(wildcard tests/unit tests/interop tests/cluster tests/fuzz tests/sim)
 BENCH_COLUMNS := min,median,mean,stddev,ops,rounds,iterations
@@ -22,7 +22,7 @@ START ?= 1
 JOBS ?= 0
 ROUNDS ?= 60
 
-.PHONY: help venv setup demo test lint format bench soak sim sim-canaries clean
+.PHONY: help venv setup demo test lint format bench soak database sim sim-canaries clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
@@ -79,6 +79,9 @@ bench: setup ## write latency and throughput (pytest-benchmark)
 
 soak: setup ## the kill loop alone, ROUNDS=60 rounds (REPLICA_SEED= replays)
 	REPLICA_KILL_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest tests/cluster/test_kill_loop.py --timeout=0 $(PYTEST_ARGS)
+
+database: setup ## databases on ext4 on the volume, ROUNDS=60 failovers each (as root; REPLICA_SEED= replays)
+	REPLICA_DATABASE_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest -s tests/cluster/test_database.py $(PYTEST_ARGS)
 
 sim: venv ## the deterministic simulator: SEEDS=1000 runs from START=1, JOBS=0 (one for each processor)
 	$(BIN)/python -m tests.sim --seeds $(SEEDS) --start $(START) --jobs $(JOBS)
