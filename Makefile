@@ -14,15 +14,20 @@ PYTEST_ARGS ?=
 DEBIAN_PACKAGES := qemu-utils qemu-system-common nbdkit nbd-client nbd-server libnbd-bin python3-libnbd \
                    fio iproute2 nftables e2fsprogs
 
+# What the virtual machines of the power cuts take.
+VM_PACKAGES := qemu-system-x86 mmdebstrap busybox-static cpio e2fsprogs
+VM_DIR := $(or $(REPLICA_VM_DIR),build/vm)
+VM_IMAGE := $(VM_DIR)/root.ext4
+
+# tests/vm takes minutes of emulation: it has a target of its own.
 TEST_DIRS := $(wildcard tests/unit tests/interop tests/cluster tests/fuzz tests/sim)
 BENCH_COLUMNS := min,median,mean,stddev,ops,rounds,iterations
 
 SEEDS ?= 1000
 START ?= 1
 JOBS ?= 0
-ROUNDS ?= 60
 
-.PHONY: help venv setup demo test lint format bench soak database sim sim-canaries clean
+.PHONY: help venv setup demo test lint format bench soak database power-cuts vm-setup vm-image sim sim-canaries clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
@@ -31,20 +36,28 @@ help: ## list the targets
 venv: $(VENV_STAMP) ## make .venv with the project and its tools (pip only)
 
 setup: venv ## venv, and as root on Debian also the programs that the tests use
-	@command -v dpkg-query >/dev/null || exit 0; \
-	missing=(); \
-	for package in $(DEBIAN_PACKAGES); do \
-	  [[ "$$(dpkg-query -W -f='$${db:Status-Status}' "$$package" 2>/dev/null || true)" == installed ]] \
-	    || missing+=("$$package"); \
-	done; \
-	(( $${#missing[@]} )) || exit 0; \
-	if (( EUID == 0 )) && command -v apt-get >/dev/null; then \
-	  export DEBIAN_FRONTEND=noninteractive; \
-	  { apt-get update -q && apt-get install -qy --no-install-recommends "$${missing[@]}"; } \
-	    || echo "setup: not installed: $${missing[*]}; the tests that need them will be skipped" >&2; \
-	else \
-	  echo "setup: not installed (that takes root): $${missing[*]}; the tests that need them will be skipped" >&2; \
-	fi
+	@$(call install_missing,$(DEBIAN_PACKAGES))
+
+vm-setup: venv
+	@$(call install_missing,$(VM_PACKAGES))
+
+# Installs those of the packages $(1) that are missing; where that does not work it says so, and is content.
+define install_missing
+command -v dpkg-query >/dev/null || exit 0; \
+missing=(); \
+for package in $(1); do \
+  [[ "$$(dpkg-query -W -f='$${db:Status-Status}' "$$package" 2>/dev/null || true)" == installed ]] \
+    || missing+=("$$package"); \
+done; \
+(( $${#missing[@]} )) || exit 0; \
+if (( EUID == 0 )) && command -v apt-get >/dev/null; then \
+  export DEBIAN_FRONTEND=noninteractive; \
+  { apt-get update -q && apt-get install -qy --no-install-recommends "$${missing[@]}"; } \
+    || echo "setup: not installed: $${missing[*]}; the tests that need them will be skipped" >&2; \
+else \
+  echo "setup: not installed (that takes root): $${missing[*]}; the tests that need them will be skipped" >&2; \
+fi
+endef
 
 $(VENV_STAMP): pyproject.toml
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -77,11 +90,22 @@ bench: setup ## write latency and throughput (pytest-benchmark)
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-sort=name --benchmark-columns=$(BENCH_COLUMNS) \
 	  --timeout=0 $(PYTEST_ARGS)
 
+soak: ROUNDS ?= 60
 soak: setup ## the kill loop alone, ROUNDS=60 rounds (REPLICA_SEED= replays)
 	REPLICA_KILL_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest tests/cluster/test_kill_loop.py --timeout=0 $(PYTEST_ARGS)
 
-database: setup ## databases on ext4 on the volume, ROUNDS=60 failovers each (as root; REPLICA_SEED= replays)
+database: ROUNDS ?= 20
+database: setup ## databases on ext4 on the volume, ROUNDS=20 failovers each (as root; REPLICA_SEED= replays)
 	REPLICA_DATABASE_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest -s tests/cluster/test_database.py $(PYTEST_ARGS)
+
+power-cuts: ROUNDS ?= 6
+power-cuts: setup vm-image ## nodes in virtual machines lose power, ROUNDS=6 times (REPLICA_SEED= replays)
+	REPLICA_POWER_CUT_ROUNDS=$(ROUNDS) REPLICA_VM_DIR=$(VM_DIR) $(BIN)/python -m pytest -s tests/vm $(PYTEST_ARGS)
+
+vm-image: vm-setup $(VM_IMAGE) # as root; cached in build/vm or $REPLICA_VM_DIR
+
+$(VM_IMAGE): tests/vm/build-image tests/vm/guest-init pyproject.toml | vm-setup
+	PYTHON=$(BIN)/python tests/vm/build-image $(VM_DIR)
 
 sim: venv ## the deterministic simulator: SEEDS=1000 runs from START=1, JOBS=0 (one for each processor)
 	$(BIN)/python -m tests.sim --seeds $(SEEDS) --start $(START) --jobs $(JOBS)

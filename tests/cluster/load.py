@@ -53,8 +53,8 @@ class Model:
         self.next_write += 1
         return self.next_write - 1
 
-    def acknowledge(self, first: int, count: int, write: int) -> None:
-        """The write was answered without an error: nothing else may be read there."""
+    def acknowledge(self, first: int, count: int, write: int, *, durable: bool = False) -> None:
+        """The write was answered without an error: nothing else may be read there. `durable`: it had FUA."""
         for sector in range(first, first + count):
             self.acknowledged[sector] = write
             self.uncertain.pop(sector, None)
@@ -63,6 +63,13 @@ class Model:
         """The server died before it answered: each sector has it or not."""
         for sector in range(first, first + count):
             self.uncertain.setdefault(sector, set()).add(write)
+
+    def flush_begins(self) -> int:
+        """A flush is about to be asked for; what to tell `flushed` when it is answered."""
+        return 0
+
+    def flushed(self, mark: int) -> None:
+        """That flush was answered. (It makes no difference here: a process that dies takes no page cache with it.)"""
 
     def check(self, read: Callable[[int, int], bytes]) -> None:
         """Compare the whole volume with the model; what was uncertain is settled by what is read.
@@ -90,12 +97,15 @@ class Model:
 
 @dataclass
 class Request:
-    """One request: `kind` is write, fua, trim, zero or flush; the range in sectors; `write` numbers its content."""
+    """One request: `kind` is write, fua, trim, zero or flush; the range in sectors; `write` numbers its content; `mark`
+    is the model's, of a flush.
+    """
 
     kind: str
     first: int
     count: int
     write: int
+    mark: int = 0
 
 
 def random_request(rng: random.Random, model: Model, busy: Callable[[int, int], bool]) -> Request:
@@ -263,6 +273,7 @@ class Load(threading.Thread):
 
         offset, length = request.first * SECTOR_BYTES, request.count * SECTOR_BYTES
         if request.kind == "flush":
+            request.mark = self._model.flush_begins()
             handle.aio_flush(completed)
         elif request.kind == "trim":
             handle.aio_trim(length, offset, completed)
@@ -287,7 +298,9 @@ class Load(threading.Thread):
             return
         del self._busy[serial]
         if request.count:
-            self._model.acknowledge(request.first, request.count, request.write)
+            self._model.acknowledge(request.first, request.count, request.write, durable=request.kind == "fua")
+        else:
+            self._model.flushed(request.mark)
         with self._moved:
             self.done += 1
             self.written_bytes += request.count * SECTOR_BYTES
