@@ -105,7 +105,7 @@ power-cuts: setup vm-image ## nodes in virtual machines lose power, ROUNDS=6 tim
 vm-image: vm-setup $(VM_IMAGE) # as root; cached in build/vm or $REPLICA_VM_DIR
 
 $(VM_IMAGE): tests/vm/build-image tests/vm/guest-init pyproject.toml | vm-setup
-	PYTHON=$(BIN)/python tests/vm/build-image $(VM_DIR)
+	PYTHON=$(abspath $(BIN))/python tests/vm/build-image $(VM_DIR)
 
 sim: venv ## the deterministic simulator: SEEDS=1000 runs from START=1, JOBS=0 (one for each processor)
 	$(BIN)/python -m tests.sim --seeds $(SEEDS) --start $(START) --jobs $(JOBS)

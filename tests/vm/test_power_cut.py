@@ -21,7 +21,7 @@ from tests.vm.pair import Node, Pair, power_cut
 
 ROUNDS = int(os.environ.get("REPLICA_POWER_CUT_ROUNDS") or 6)
 #: Whose power is cut. Every kind comes once before any comes again.
-KINDS = ("primary", "primary", "secondary", "both", "both", "source", "target")
+KINDS = ("primary", "returning", "secondary", "both", "both", "source", "target")
 _SIZE_BYTES = 32 * MIB
 
 
@@ -42,6 +42,7 @@ class Rounds:
         """One round of this kind, ending with both copies proven right."""
         {
             "primary": self.cut_primary,
+            "returning": self.cut_primary_that_returns,
             "secondary": self.cut_secondary,
             "both": self.cut_both,
             "source": self.cut_source,
@@ -57,6 +58,13 @@ class Rounds:
         if self.rng.random() < 0.7:
             self.end(self.load())
         self.bring_back(dead, then)
+
+    def cut_primary_that_returns(self) -> None:
+        """Nobody takes over: the Primary comes back without what it lost, and must not overwrite who has it."""
+        dead, then = self.lose_primary()
+        self.bring_back(dead, then)
+        self.pair.wait_in_sync()
+        self.promote(self.rng.choice(self.pair.nodes))
 
     def cut_secondary(self) -> None:
         """No client notices."""
@@ -137,8 +145,8 @@ class Rounds:
         power_cut(*nodes)
         self.cuts += len(nodes)
 
-    def fail_over(self) -> tuple[Node, DurableModel]:
-        """The Primary loses power under load, the other takes over; the dead node, and what was promised then."""
+    def lose_primary(self) -> tuple[Node, DurableModel]:
+        """The Primary loses power under load; the dead node, and what it had promised by then."""
         dead = self.primary
         was_alone = dead.times_alone()
         load = self.load()
@@ -146,8 +154,12 @@ class Rounds:
         self.end(load)
         # Else the other one may lack what was acknowledged, and no promise is broken.
         assert dead.times_alone() == was_alone, "this host is too slow: the link was lost before the power"
-        then = self.model.as_it_is()
         dead.peer.wait_alone()
+        return dead, self.model.as_it_is()
+
+    def fail_over(self) -> tuple[Node, DurableModel]:
+        """The same, and the other node takes over."""
+        dead, then = self.lose_primary()
         self.promote(dead.peer)
         return dead, then
 
