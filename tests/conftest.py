@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import random
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,6 +17,11 @@ if importlib.util.find_spec("nbd") is None:
     sys.path.append("/usr/lib/python3/dist-packages")
 
 SEED_VARIABLE = "REPLICA_TEST_SEED"
+
+
+def pytest_configure() -> None:
+    """SIGTERM, by which `timeout` and make end a run, takes down what the tests have started, as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.fixture
