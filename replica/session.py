@@ -422,13 +422,15 @@ class Session:
     async def _run_target(self, target: SyncTarget) -> None:
         resource = self._resource
         await self._link.receive(wire.SYNC_FINISH)
-        await target.finished()
-        await resource.disk.store.flush()
-        await resource.disk.metadata.clear_all_bits(resource.disk.bitmap)
-        await self._take_generation(self._offered)
-        self._link.send(wire.SYNC_DONE)
-        resource.end_sync()
-        self._establish()
+        # Nobody declares this copy bad while it is being recorded that it is good.
+        async with resource.admin:
+            await target.finished()
+            await resource.disk.store.flush()
+            await resource.disk.metadata.clear_all_bits(resource.disk.bitmap)
+            await self._take_generation(self._offered)
+            self._link.send(wire.SYNC_DONE)
+            resource.end_sync()
+            self._establish()
         resource.hooks.fire(Event.AFTER_RESYNC_TARGET, "the resync is complete.")
 
     async def _take_generation(self, offered: Generations) -> None:

@@ -98,6 +98,34 @@ def _late(scenario: Scenario, rng: random.Random) -> None:
     scenario.size_bytes = 64 << 10
 
 
+def _without_disk(scenario: Scenario, rng: random.Random) -> None:
+    """The Primary's disk is detached or fails again and again, links break, nodes die."""
+    _plain(scenario, rng)
+    scenario.side["on_io_error"] = "detach"
+    scenario.verb_rates |= {"detach": rng.choice((1.0, 3.0)), "takeover": 0.3, "invalidate": 0.3}
+    scenario.fault_rates |= {"reset": rng.choice((0.0, 1.0)), "kill": rng.choice((0.0, 0.5))}
+    for data, _ in scenario.disk.values():
+        data.flush_error = rng.choice((0.0, 0.01))
+
+
+def _without_disk_power(scenario: Scenario, rng: random.Random) -> None:
+    """A Primary without a disk, whose peer loses what was never flushed, and is back at once."""
+    _plain(scenario, rng)
+    scenario.side |= {"on_io_error": "detach", "timeout_s": 1.0, "connect_interval_s": 0.05, "settle_interval_s": 5.0}
+    scenario.side["settle_bytes"] = 1 << 20
+    scenario.mix = [("write", 0.6), ("read", 0.4)]
+    scenario.fault_rates = {**dict.fromkeys(scenario.fault_rates, 0.0), "power": 2.0}
+    scenario.verb_rates = {**dict.fromkeys(scenario.verb_rates, 0.0), "detach": 4.0}
+    scenario.restart_s, scenario.locality, scenario.al_slots = 0.02, 0.8, 12
+    scenario.side["al_extents"] = 12
+
+
+def _write_errors(scenario: Scenario, rng: random.Random) -> None:
+    _without_disk(scenario, rng)
+    for data, _ in scenario.disk.values():
+        data.write_error = 0.02
+
+
 def _bad_disks(scenario: Scenario, rng: random.Random) -> None:
     _plain(scenario, rng)
     for data, _ in scenario.disk.values():
@@ -131,6 +159,46 @@ CANARIES = (
         "replica.mirror:Mirror._on_flush",
         "self._start(sequence, self._store.flush())",
         "self._link.send(wire.DONE, sequence=sequence)",
+    ),
+    Canary(
+        "stand-in-unrecorded",
+        "the peer stands in for the Primary's disk without a record that this disk lacks what comes",
+        "replica.stand_in:StandIn._begin_service",
+        "                await volume.ensure_alone_recorded()",
+        "                volume.alone_recorded = True",
+        _without_disk,
+    ),
+    Canary(
+        "handed-over-answered-early",
+        "what was under way when the Primary's disk failed is answered before the peer has recorded that",
+        "replica.peer_volume:PeerVolume._answer_adopted",
+        "        if self._link is not None:",
+        "        if True:",
+        _write_errors,
+    ),
+    Canary(
+        "stand-in-started-anew",
+        "a Primary without a disk goes on through a peer that has lost unflushed writes",
+        "replica.stand_in:StandIn.may_go_on",
+        "        if ran_on and known and not peer.is_primary and not peer.incomplete:",
+        "        if known and not peer.is_primary and not peer.incomplete:",
+        _without_disk_power,
+    ),
+    Canary(
+        "dirty-block-read-here",
+        "a Primary reads a block locally that the resync has not brought yet",
+        "replica.peer_volume:PeerVolume._good_here",
+        "return None if bitmap.any_in(*blocks_of(offset, length)) else store",
+        "return store",
+        _without_disk,
+    ),
+    Canary(
+        "asked-after-yield",
+        "a Primary asks its peer to serve although it has told it to yield",
+        "replica.peer_volume:PeerVolume._ask",
+        "        elif link is None or self._rested is not None:",
+        "        elif link is None:",
+        _without_disk,
     ),
     Canary(
         "failed-flush-answered",

@@ -729,10 +729,11 @@ class Oracle:
     def check_copies(self) -> None:
         """Both are Established and quiet."""
         one, two = self.machines
-        if one.data.cache != two.data.cache:
+        size_bytes = min(one.size_bytes, two.size_bytes)
+        if one.data.cache[:size_bytes] != two.data.cache[:size_bytes]:
             sector = next(
                 s
-                for s in range(one.size_bytes // SECTOR)
+                for s in range(size_bytes // SECTOR)
                 if one.data.cache[s * SECTOR : (s + 1) * SECTOR] != two.data.cache[s * SECTOR : (s + 1) * SECTOR]
             )
             self.fail(
@@ -743,3 +744,5 @@ class Oracle:
             return
         for machine in self.machines:
             self.check_image(machine, "Copies")
+            if any(machine.data.cache[size_bytes:]):
+                self.fail("Copies", f"{machine.name} was written to behind the end of the volume")

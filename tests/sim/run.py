@@ -62,14 +62,15 @@ class Run:
                 configuration(scenario, name),
                 scenario.rng,
                 scenario.disk[name],
-                scenario.size_bytes,
+                scenario.size_bytes + scenario.extra_bytes.get(name, 0),
             )
             for name in ("node1", "node2")
         )
         self.machines = (one, two)
         generation = 0 if scenario.fresh else scenario.rng("generation").getrandbits(64) | 1
         for machine in self.machines:
-            machine.format(generation)
+            # A copy that is larger than the data is a new one.
+            machine.format(0 if machine.name in scenario.extra_bytes else generation)
         self.oracle = Oracle(
             self.machines,
             self.trace,

@@ -24,6 +24,8 @@ class Scenario:
 
     seed: int
     size_bytes: int
+    #: How much larger a node's disk is than the volume.
+    extra_bytes: dict[str, int]
     extent_shift: int
     al_slots: int
     protocol: str
@@ -78,6 +80,7 @@ class Scenario:
             f"{self.size_bytes >> 10} KiB, extents of {1 << self.extent_shift >> 10} KiB, {self.al_slots} slots, "
             f"protocol {self.protocol}, {self.duration_s:.1f} s"
             f"{self._split_brain_words()}{', new copies' if self.fresh else ''}"
+            f"{''.join(f', {name} has {extra} bytes more' for name, extra in self.extra_bytes.items())}"
             f"{f', {bits} bits in a sector of the bitmap' if bits else ''}"
             f"{', hooks' if self.hook_timeout_s else ''}; "
             + ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items() if rate)
@@ -139,6 +142,7 @@ def draw(seed: int, bias: Callable[[Scenario, random.Random], None] | None = Non
     scenario = Scenario(
         seed=seed,
         size_bytes=size_bytes,
+        extra_bytes={},
         extent_shift=extent_shift,
         al_slots=al_slots,
         protocol=rng.choice("CCCCCCCCCBA"),
@@ -171,6 +175,9 @@ def draw(seed: int, bias: Callable[[Scenario, random.Random], None] | None = Non
     scenario.constants |= _bitmap(scenario.rng("bitmap"))
     scenario.side["al_extents"] = al_slots
     scenario.side["protocol"] = scenario.protocol
+    sizes = scenario.rng("sizes")
+    if not scenario.fresh and sizes.random() < 0.08:
+        scenario.extra_bytes[sizes.choice(("node1", "node2"))] = sizes.choice((SECTOR, 4 << 10, 72 << 10, 1 << 20))
     hooks = scenario.rng("hooks")
     if hooks.random() < 0.25:
         scenario.hook_timeout_s = hooks.choice((0.05, 0.3, 1.0))
