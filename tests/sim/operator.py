@@ -284,13 +284,16 @@ class Operator:
     def _invalidate(
         self, machine: "Machine", words: str, bad: "Machine", work: "Callable[[Resource], Coroutine[Any, Any, Any]]"
     ) -> None:
-        self.oracle.given_up[bad.name] = None
-        self._do(
-            machine,
-            words,
-            work,
-            lambda error: None if error is None else self.oracle.given_up.pop(bad.name, None),
-        )
+        given_up = self.oracle.given_up
+        given_up[bad.name] = None
+
+        def done(error: Exception | None) -> None:
+            if error is None:
+                given_up[bad.name] = None  # anew: a resync may have been completed before
+            else:
+                given_up.pop(bad.name, None)
+
+        self._do(machine, words, work, done)
 
     def verb_outdate(self, machine: "Machine") -> None:
         other = self.other(machine)

@@ -465,7 +465,9 @@ class Oracle:
                     f"{machine.name} answered write {entry.value:x} to sector {entry.sector}: {follower.name} "
                     "has not applied it and is not on record as out of sync",
                 )
-            applied = leader.bit | (follower.bit if with_follower else 0)
+            # A half-copied one is none to rely on, even if all that is missing is the record that it is complete.
+            kept_by_follower = with_follower and self.durable[follower.name].is_complete
+            applied = leader.bit | (follower.bit if kept_by_follower else 0)
             # A machine may have lost it again before the answer.
             entry.holders = sum(bit for bit, keeps in kept.items() if keeps and applied & bit)
             entry.lost = applied & ~entry.holders
@@ -482,7 +484,13 @@ class Oracle:
         """
         peer = self.other(machine)
         of_one_mind = self.lineage[machine.name] is self.lineage[peer.name] and not peer.is_primary
-        if of_one_mind and not self._recorded_alone(machine) and self._recorded_alone(peer):
+        self.durable[peer.name].refresh()
+        if (
+            of_one_mind
+            and self.durable[peer.name].is_complete
+            and not self._recorded_alone(machine)
+            and self._recorded_alone(peer)
+        ):
             return peer, machine, True
         return machine, peer, self._recorded_alone(machine)
 
@@ -565,7 +573,7 @@ class Oracle:
             elif replication == Replication.ESTABLISHED:
                 self.given_up.pop(machine.name, None)
                 if before in (Replication.SYNC_TARGET, Replication.PAUSED_SYNC_T):
-                    self.judge.together()  # it has everything of the source's, whether that one knows it yet or not
+                    self._complete(machine)
                 self._established()
         self.judge.observe(machine)  # last: a new state must not change the facts that led to it
 
@@ -667,6 +675,18 @@ class Oracle:
                         f"{entry.sector} and is overwritten by {source.name}, which has lost it",
                     )
                     return
+        # From here on it is half copied, and no copy that anything could be taken from.
+        for entry in mine.acked:
+            if entry.holders & source.bit:
+                entry.holders &= ~machine.bit
+
+    def _complete(self, machine: "Machine") -> None:
+        """A resync of this machine is over."""
+        lineage = self.lineage[machine.name]
+        for entry in lineage.acked:
+            if self._holds(lineage, machine, entry):
+                entry.holders |= machine.bit
+        self.judge.together()  # it has everything of the source's, whether that one knows it yet or not
 
     @staticmethod
     def _works_through_peer(machine: "Machine") -> bool:
