@@ -124,7 +124,7 @@ class PostgreSQL:
         shutil.chown(self._data, self._user)
         options = ["--auth=trust", "--data-checksums", "--wal-segsize=1", "--no-sync", "--locale=C", "--encoding=UTF8"]
         run(self._bin / "initdb", *options, self._data, user=self._user)
-        os.sync()
+        run("sync", "--file-system", self._data)
         self.start()
         rows = "".join(
             f"INSERT INTO ledger VALUES ({writer}, 0, '\\x{ledger.EMPTY.hex()}');" for writer in range(writers)
