@@ -441,6 +441,8 @@ class Session:
         superblock.ahead = superblock.promoted_alone = False
         superblock.peers[0].outdated = False
         self._meet()
+        # Not only once Established: the source, which counts on us, may be lost before (found by the simulator).
+        self._resource.unbroken = True
         await self._resource.save()
 
     # ── while it lasts ───────────────────────────────────────────────────────────────────────────────────────

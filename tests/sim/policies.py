@@ -91,6 +91,9 @@ class PolicyJudge:
         self._replication[name] = state.replication
         if state.replication in IN_TOUCH:
             self._parted_as_primary[name] = machine.is_primary
+            if before not in IN_TOUCH:
+                # A source goes on alone until the target is ready; those blocks are resynced as well.
+                self._changed[name].clear()
         if state.replication is Replication.NEGOTIATING and before != Replication.NEGOTIATING:
             self._begin()
         if state.replication is Replication.OFF and before != Replication.OFF:
