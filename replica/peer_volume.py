@@ -48,9 +48,11 @@ class _Request:
 class PeerVolume:
     """Clients' requests, for the peer's volume. Before `serve_on`, and between two links, everything waits."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, before: int = 0) -> None:
         #: The generation that clients have seen; 0: none of the peer's yet.
         self.generation = 0
+        #: The one that both copies had before; 0: this node had none.
+        self.before = before
         self._timeout_s = timeout_s
         self._sequence = 0
         self._link: PeerLink | None = None

@@ -358,7 +358,8 @@ class Resource:
     def work_through_peer(self, volume: Volume | None = None) -> PeerVolume:
         """Serve clients from the peer's copy; `volume`: of the disk that has to be done without from now on."""
         assert self.link is not None and self.session is not None
-        peer_volume = self.peer_volume = PeerVolume(self.settings.timeout_s)
+        before = self.superblock.generations.current if volume is not None else 0
+        peer_volume = self.peer_volume = PeerVolume(self.settings.timeout_s, before)
         self.export.serve(peer_volume)
         if volume is not None:
             volume.stop_timer()

@@ -149,20 +149,28 @@ class Session:
         # What an earlier link brought may still be on its way to the disk in a thread: it must not land later.
         await resource.past_finished()
         mine = resource.side()
-        link.send_map(wire.STATE, {**resource.facts(), "ran_on": resource.unbroken, "side": _side_as_map(mine)})
+        link.send_map(
+            wire.STATE,
+            {
+                **resource.facts(),
+                "ran_on": resource.unbroken,
+                "served": resource.served_generation,
+                "side": _side_as_map(mine),
+            },
+        )
         _, _, _, payload = await link.receive(wire.STATE)
         message = wire.unpack_map(payload)
         if not self._updated:
             # An UPDATE is taken when it arrives, so it can be seen before the older STATE that waited for us.
             self._take_facts(message)
         peer = _side_from_map(resource.peer_name, message.get("side"))
-        ran_on = wire.field(message, "ran_on", bool)
+        ran_on, served = wire.field(message, "ran_on", bool), wire.field(message, "served", int)
         if mine is None or peer is None:
             resource.state.change(replication=Replication.OFF)
-            if peer is not None and self._stand_in.may_go_on(peer, ran_on):
+            if peer is not None and self._stand_in.may_go_on(peer, ran_on, served):
                 self.ask_to_serve()
             return
-        if mine.attaching and not self._stand_in.may_go_on(peer, ran_on):
+        if mine.attaching and not self._stand_in.may_go_on(peer, ran_on, served):
             raise DiskRejected(resource.state.last_error)
         if mine.policies != peer.policies:
             log.warning("%s: %s: both nodes need the same.", resource.name, split_brain.difference(mine, peer))

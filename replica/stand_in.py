@@ -49,15 +49,19 @@ class StandIn:
         """Ask the peer to serve; what it answers opens the resource's `peer_volume`."""
         self._link.send(wire.SERVE, flags=wire.FLAG_TARGET if self._resource.syncing else 0)
 
-    def may_go_on(self, peer: Side, ran_on: bool) -> bool:
+    def may_go_on(self, peer: Side, ran_on: bool, served: int) -> bool:
         """On a new link, while this node is Primary without a good disk: whether the peer still has all that was
-        answered. If not, clients get errors: they must not be shown a past that differs from what they know.
+        answered, and nothing else. If not, clients get errors: they must not be shown a past that they do not know.
+
+        `ran_on`: it has applied every write since both were in sync. `served`: the generation in which it stood in
+        last; a promotion since would have made another one.
         """
         resource = self._resource
         peer_volume = resource.peer_volume
         if peer_volume is None:
             return False
-        known = peer_volume.generation in (0, peer.generations.current)
+        current = peer.generations.current
+        known = current in ((peer_volume.generation,) if peer_volume.generation else (peer_volume.before, served))
         if ran_on and known and not peer.is_primary and not peer.incomplete:
             return True
         what = "was Primary" if peer.is_primary or not known else "was started anew and may have lost writes"
@@ -82,7 +86,7 @@ class StandIn:
             self._resource.state.change(last_error=reason)
             return
         peer_volume.serve_on(self._link, wire.field(message, "current", int))
-        if self._session.target is not None and self._resource.attached:
+        if self._resource.syncing:
             peer_volume.read_here(self._resource.disk.store, self._resource.disk.bitmap)
 
     async def take_lead(self) -> None:
@@ -165,13 +169,13 @@ class StandIn:
                 volume.stop_mirroring()
                 await resource.disk.store.flush()
                 await volume.ensure_alone_recorded()
+            resource.served_generation = resource.superblock.generations.current
             if self._link.closed:
                 return
             self._service = PeerService(self._link, volume)
         if resource.state.replication is Replication.ESTABLISHED and not volume.mirroring:
             resource.state.change(replication=Replication.OFF)
-        current = resource.served_generation = resource.superblock.generations.current
-        self._link.send_map(wire.SERVING, {"current": current})
+        self._link.send_map(wire.SERVING, {"current": resource.served_generation})
         log.info("%s: %s works through the disk of %s", resource.name, resource.peer_name, resource.node_name)
         resource.changed()
 

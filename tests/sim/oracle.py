@@ -440,7 +440,8 @@ class Oracle:
         """It was answered with success."""
         peer = self.other(machine)
         lineage = self.lineage[machine.name]
-        lineage.acks += 1
+        # (What both have is nobody's own, however late the answer is.)
+        lineage.acks += not all(self._holds(lineage, peer, entry) for entry in entries)
         if not machine.is_primary:
             self.fail("One Primary", f"{machine.name} answered a write and is not Primary")
         if not self.split_brain and peer.is_primary:
@@ -483,16 +484,13 @@ class Oracle:
         sync): its own, unless the other one has recorded that it goes on without the Primary's.
         """
         peer = self.other(machine)
+        alone = self._recorded_alone(machine)
         of_one_mind = self.lineage[machine.name] is self.lineage[peer.name] and not peer.is_primary
-        self.durable[peer.name].refresh()
-        if (
-            of_one_mind
-            and self.durable[peer.name].is_complete
-            and not self._recorded_alone(machine)
-            and self._recorded_alone(peer)
-        ):
-            return peer, machine, True
-        return machine, peer, self._recorded_alone(machine)
+        if alone or not of_one_mind or not self._recorded_alone(peer):
+            return machine, peer, alone
+        # Half copied, it leads nobody; unless it led, and its disk has failed since.
+        leads = self.durable[peer.name].is_complete or self._works_through_peer(machine)
+        return (peer, machine, True) if leads else (machine, peer, False)
 
     def _recorded_alone(self, machine: "Machine") -> bool:
         durable = self.durable[machine.name]
@@ -593,9 +591,12 @@ class Oracle:
                 return
         if peer.is_primary and not self.split_brain:
             self.fail("One Primary", f"{machine.name} became Primary while {peer.name} is Primary")
+        copy = machine
+        if self._works_through_peer(machine):
+            # Without a good disk it serves the other one's copy, and goes on with the history of that.
+            copy = peer
+            self.lineage[machine.name] = self.lineage[peer.name]
         lineage = self.lineage[machine.name]
-        # A node without a good disk serves the other one's copy.
-        copy = peer if self._works_through_peer(machine) else machine
         for entry in list(lineage.acked):
             # Asynchronous protocols may lose what the old Primary had acknowledged. With C only what was lost here,
             # and the operator chose this node all the same.
