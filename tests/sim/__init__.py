@@ -20,7 +20,8 @@ the machine is back and gets one of their packets. A dial is refused, unanswered
 
 Operator. Shaped like an arbiter: promotes a node only when the other one is dead or Secondary, and only if its data
 are as new as the other's records say. In some seeds it accepts split brains (promotes while the other one may be
-Primary) and resolves them by discarding one side. All other verbs come at random moments.
+Primary, or has both serve apart from each other) and resolves them by discarding one side, if the policies that the
+seed has drawn do not do it before. All other verbs come at random moments.
 
 Not modelled: bytes that change on their way or on the data disk, disks that lie about flushes, more than two nodes,
 clocks that jump, memory that fails, and an operator who promotes with `--force` what is not the newest data (except in

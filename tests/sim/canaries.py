@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from replica.split_brain import Policies
 from tests.sim.run import Outcome, quiet, run_seed
 from tests.sim.scenario import Scenario
 from tests.sim.workers import in_order, is_over
@@ -29,7 +30,9 @@ Bias = Callable[[Scenario, random.Random], None]
 
 @dataclass(frozen=True)
 class Canary:
-    """`old` becomes `new` in the source of `function` ("module:Class.method")."""
+    """`old` becomes `new` in the source of `function` ("module:Class.method"); `more`: the same elsewhere, where the
+    node is guarded more than once.
+    """
 
     name: str
     what: str
@@ -37,6 +40,7 @@ class Canary:
     old: str
     new: str
     bias: Bias | None = None
+    more: tuple[tuple[str, str, str], ...] = ()
 
 
 # ── biases ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -136,6 +140,21 @@ def _rotten(scenario: Scenario, rng: random.Random) -> None:
     _crashes(scenario, rng)
     scenario.fault_rates["power_both"] = 1.0
     scenario.rot = 0.6
+
+
+def _split_brains(no_primary: str, one_primary: str = "disconnect", *, differ: bool = False) -> Bias:
+    """Both nodes serve apart from each other again and again, with these policies."""
+
+    def bias(scenario: Scenario, rng: random.Random) -> None:
+        _plain(scenario, rng)
+        scenario.split_brain = True
+        policies = Policies(no_primary, one_primary)
+        scenario.policies = {"node1": policies, "node2": Policies() if differ else policies}
+        scenario.fault_rates = {**dict.fromkeys(scenario.fault_rates, 0.0), "kill": rng.choice((0.0, 0.3))}
+        scenario.verb_rates = {**dict.fromkeys(scenario.verb_rates, 0.0), "part": 2.0}
+        scenario.al_slots = scenario.most_extents = scenario.side["al_extents"] = 3
+
+    return bias
 
 
 CANARIES = (
@@ -403,6 +422,51 @@ CANARIES = (
         "        else:\n            bits = 0",
         _rotten,
     ),
+    Canary(
+        "policy-discards-the-winner",
+        "discard-least-changes discards the copy with more changes",
+        "replica.split_brain:_by_changes",
+        "return fewer, why",
+        "return more, why",
+        _split_brains("discard-least-changes"),
+    ),
+    Canary(
+        "policy-takes-the-older",
+        "discard-younger-primary discards the older one",
+        "replica.split_brain:_by_age",
+        "return (younger if",
+        "return (older if",
+        _split_brains("discard-younger-primary"),
+    ),
+    Canary(
+        "parting-role-unrecorded",
+        "a node that is promoted alone counts as Primary when the two parted",
+        "replica.verbs:Verbs._promote",
+        "superblock.parted_as_primary or volume.mirroring",
+        "not volume.mirroring",
+        _split_brains("discard-older-primary"),
+    ),
+    Canary(
+        "policies-not-compared",
+        "the policies of one node are enough",
+        "replica.split_brain:ruling",
+        "if one.policies != other.policies:",
+        "if False:",
+        _split_brains("discard-least-changes", "discard-secondary", differ=True),
+    ),
+    Canary(
+        "policy-overwrites-a-primary",
+        "a Primary counts as Secondary when a policy is chosen and when the target is",
+        "replica.split_brain:ruling",
+        "primaries = one.is_primary + other.is_primary",
+        "primaries = 0",
+        _split_brains("discard-least-changes", "consensus"),
+        (
+            ("replica.split_brain:ruling", "if not loser.is_primary and", "if"),
+            ("replica.generation:_guard", "if target.serving and not target.incomplete:", "if False:"),
+            ("replica.session:Session._be_target", "if resource.state.role is Role.PRIMARY:", "if False:"),
+        ),
+    ),
 )
 
 
@@ -417,19 +481,32 @@ def find(name: str) -> Canary:
 @contextlib.contextmanager
 def planted(canary: Canary) -> Iterator[None]:
     """Run with this bug."""
-    module_name, path = canary.function.split(":")
+    places: dict[str, list[tuple[str, str]]] = {canary.function: [(canary.old, canary.new)]}
+    for function, old, new in canary.more:
+        places.setdefault(function, []).append((old, new))
+    with contextlib.ExitStack() as stack:
+        for function, changes in places.items():
+            stack.enter_context(_changed(canary.name, function, changes))
+        yield
+
+
+@contextlib.contextmanager
+def _changed(name: str, function: str, changes: list[tuple[str, str]]) -> Iterator[None]:
+    module_name, path = function.split(":")
     owner: Any = importlib.import_module(module_name)
     *classes, function_name = path.split(".")
-    for name in classes:
-        owner = getattr(owner, name)
+    for part in classes:
+        owner = getattr(owner, part)
     original = owner.__dict__[function_name]
     source = textwrap.dedent(inspect.getsource(original))
     indent = 4 * len(classes)
-    old, new = (_unindent(text, indent) for text in (canary.old, canary.new))
-    if source.count(old) != 1:
-        raise LookupError(f"canary {canary.name}: its old text is {source.count(old)} times in {canary.function}")
+    for change in changes:
+        old, new = (_unindent(text, indent) for text in change)
+        if source.count(old) != 1:
+            raise LookupError(f"canary {name}: its old text is {source.count(old)} times in {function}")
+        source = source.replace(old, new)
     scope: dict[str, Any] = {}
-    exec(compile(source.replace(old, new), f"<canary {canary.name}>", "exec"), original.__globals__, scope)
+    exec(compile(source, f"<canary {name}>", "exec"), original.__globals__, scope)
     setattr(owner, function_name, scope[function_name])
     # Who has imported a plain function by name has the original.
     others = [] if classes else _importers(function_name, original)
