@@ -169,7 +169,10 @@ class Operator:
 
     def node_died(self, machine: "Machine") -> None:
         """Its verbs are never answered."""
-        self.oracle.accepted_fork.pop(machine.name, None)
+        if self.oracle.accepted_fork.pop(machine.name, False):
+            side = self._record(machine)
+            if side is not None and not side.incomplete:
+                self.oracle.adopt(machine)  # it died as a Primary by force, if only on record
         for number in [number for number, one in self._changing.items() if one is machine]:
             del self._changing[number]
         if not self.over:
@@ -221,7 +224,7 @@ class Operator:
         if force and self._restarted(machine):
             return
         fork = self.oracle.accepted_fork
-        fork[machine.name] = None
+        fork[machine.name] = force and resource.superblock.inconsistent
         if force and resource.superblock.inconsistent:
             self.oracle.discarding[self.other(machine).name] = None
         self._do(
@@ -253,7 +256,7 @@ class Operator:
 
     def _initial_promote(self, machine: "Machine") -> None:
         if not self._changing:
-            self.oracle.accepted_fork[machine.name] = None
+            self.oracle.accepted_fork[machine.name] = False
             self._do(machine, "promote --force", lambda node: node.verbs.promote(force=True), role=True)
 
     def verb_demote(self, machine: "Machine") -> None:
@@ -397,7 +400,7 @@ class Operator:
     def _promote_by_force(self, machine: "Machine", words: str) -> None:
         if self._restarted(machine):
             return
-        self.oracle.accepted_fork[machine.name] = None
+        self.oracle.accepted_fork[machine.name] = self._incomplete(machine)
         self.oracle.discarding[self.other(machine).name] = None
         self._do(
             machine,

@@ -238,7 +238,8 @@ class Oracle:
         self.active_reads = 0
         self.checks = 0
         self.discarding: dict[str, None] = {}
-        self.accepted_fork: dict[str, None] = {}
+        #: Nodes that the operator promotes whatever they are; True: by force, because they are incomplete.
+        self.accepted_fork: dict[str, bool] = {}
         #: Machines whose disk has failed, or whose copy the operator has declared bad.
         self.given_up: dict[str, None] = {}
         shared = Lineage()
@@ -587,7 +588,7 @@ class Oracle:
         if machine.name in self.accepted_fork:
             del self.accepted_fork[machine.name]
             if self._replication.get(machine.name) not in IN_TOUCH:  # else it forks from nobody
-                self._adopt(machine)
+                self.adopt(machine)
                 return
         if peer.is_primary and not self.split_brain:
             self.fail("One Primary", f"{machine.name} became Primary while {peer.name} is Primary")
@@ -604,7 +605,7 @@ class Oracle:
                 self._demote(lineage, entry)
         self.check_image(copy, "Promotion")
 
-    def _adopt(self, machine: "Machine") -> None:
+    def adopt(self, machine: "Machine") -> None:
         """The operator accepts what this copy is, whatever the other has: a history of its own begins."""
         old = self.lineage[machine.name]
         peer = self.other(machine)
