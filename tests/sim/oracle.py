@@ -511,7 +511,8 @@ class Oracle:
         superblock = self.durable[leader.name].superblock
         # Promoted without the other one: it outranks the other one, should that come back with less.
         outranks = superblock is not None and superblock.promoted_alone
-        if not alone and not outranks:
+        # In a split brain the other one's clients may have overwritten it since.
+        if not alone and not outranks and len(self._lineages()) == 1:
             required.append(follower)
         for entry in entries:
             for one in required:
