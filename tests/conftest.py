@@ -20,8 +20,11 @@ SEED_VARIABLE = "REPLICA_TEST_SEED"
 
 
 def pytest_configure() -> None:
-    """SIGTERM, by which `timeout` and make end a run, takes down what the tests have started, as Ctrl-C does."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """SIGTERM, by which `timeout` and make end a run, takes down what the tests have started, as Ctrl-C does. (That is
+    ignored in a job that a shell has put into the background, and the programs under test would inherit it.)
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -53,6 +53,8 @@ class World:
         self._ready: deque[Handle] = deque()
         self._current: NodeLoop | None = None
         self._running: NodeLoop | None = None  # what asyncio takes for the running loop
+        #: Of all tasks of all incarnations.
+        self.coroutines: list[Any] = []
 
     def soon(self, owner: "NodeLoop | None", callback: Callable[..., Any], args: tuple[Any, ...]) -> Handle:
         handle = Handle((0.0, 0, owner, callback, args))
@@ -184,6 +186,7 @@ class NodeLoop(asyncio.AbstractEventLoop):
         return self.world.timer(self, self.world.now_s + delay, callback, args)
 
     def create_task(self, coro: Any, *, name: Any = None, context: Any = None) -> Any:
+        self.world.coroutines.append(coro)
         return asyncio.Task(coro, loop=self, name=name)
 
     get_debug = bool  # False; asked for each future, and a built-in answers fastest

@@ -226,6 +226,11 @@ class Run:
             if machine.incarnation is not None:
                 machine.incarnation.dead = machine.incarnation.loop.dead = True
         replica.tasks._running.clear()
+        # One by one, before the collector does: Python 3.11 can crash when that ends suspended coroutines.
+        for coroutine in self.world.coroutines:
+            with contextlib.suppress(BaseException):
+                coroutine.close()
+        self.world.coroutines.clear()
 
     def _checksum(self) -> int:
         """Over everything that happened."""
