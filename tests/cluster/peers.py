@@ -72,7 +72,7 @@ class FakePeer:
     def be_in_step(self) -> None:
         """Shake hands as a Primary whose copy is the same as node2's, so that writes are taken from then on."""
         state = wire.unpack_map(self.receive(wire.STATE))
-        mine = {"role": "Primary", "disk": "UpToDate", "paused": False, "side": state["side"]}
+        mine = {"role": "Primary", "disk": "UpToDate", "paused": False, "ran_on": False, "served": 0}
         self.send(wire.pack(wire.STATE, wire.pack_map({**mine, "side": {**state["side"], "is_primary": False}})))
 
     def close(self) -> None:

@@ -193,7 +193,7 @@ def test_a_peer_that_dials_anew_while_the_two_part(pair: Cluster) -> None:
     pair.node2.wait_alone()
     fake = FakePeer(pair)
     side = {**wire.unpack_map(fake.receive(wire.STATE))["side"], "current": 77, "base": 0, "history": []}
-    state = {"role": "Secondary", "disk": "UpToDate", "paused": False, "side": side}
+    state = {"role": "Secondary", "disk": "UpToDate", "paused": False, "ran_on": False, "served": 0, "side": side}
     fake.send(wire.pack(wire.STATE, wire.pack_map(state)))
     assert wire.unpack_map(fake.receive(wire.STATE)) == {"refused": True}
     with pytest.raises(AssertionError, match="r0 is StandAlone on node2"):

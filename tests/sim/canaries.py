@@ -175,8 +175,8 @@ CANARIES = (
     Canary(
         "flush-without-peer",
         "the peer answers FLUSH and flushes nothing",
-        "replica.mirror:Mirror._on_flush",
-        "self._start(sequence, self._store.flush())",
+        "replica.mirror:Answers._on_flush",
+        "self._start(sequence, self._target.flush())",
         "self._link.send(wire.DONE, sequence=sequence)",
     ),
     Canary(
@@ -464,7 +464,11 @@ CANARIES = (
         (
             ("replica.split_brain:ruling", "if not loser.is_primary and", "if"),
             ("replica.generation:_guard", "if target.serving and not target.incomplete:", "if False:"),
-            ("replica.session:Session._be_target", "if resource.state.role is Role.PRIMARY:", "if False:"),
+            (
+                "replica.session:Session._be_target",
+                "if resource.state.role is Role.PRIMARY and resource.peer_volume is None:",
+                "if False:",
+            ),
         ),
     ),
 )

@@ -472,7 +472,7 @@ class Oracle:
             applied = leader.bit | (follower.bit if kept_by_follower else 0)
             # A machine may have lost it again before the answer.
             entry.holders = sum(bit for bit, keeps in kept.items() if keeps and applied & bit)
-            entry.lost = applied & ~entry.holders
+            entry.lost = applied & ~entry.holders | (follower.bit if with_follower and not kept_by_follower else 0)
             entry.ran = tuple(one.incarnations for one in self.machines)
             lineage.acked[entry] = None
             if not entry.holders:
@@ -682,6 +682,7 @@ class Oracle:
         for entry in mine.acked:
             if entry.holders & source.bit:
                 entry.holders &= ~machine.bit
+                entry.lost |= machine.bit
 
     def _complete(self, machine: "Machine") -> None:
         """A resync of this machine is over."""
@@ -689,6 +690,7 @@ class Oracle:
         for entry in lineage.acked:
             if self._holds(lineage, machine, entry):
                 entry.holders |= machine.bit
+                entry.lost &= ~machine.bit
         self.judge.together()  # it has everything of the source's, whether that one knows it yet or not
 
     @staticmethod
