@@ -179,7 +179,9 @@ def test_it_inherits_no_descriptor_and_no_signal_setting_and_has_a_session_of_it
             # 10: dash reads the script through it
             assert {"0", "1", "2"} <= set(descriptors) <= {"0", "1", "2", "10", "255"}
             assert len(set(identities.split())) == 1  # process, group and session
-            assert (blocked.split(), ignored.split()) == (["SigBlk:", "0" * 16], ["SigIgn:", "0" * 16])
+            # All but 32 and 33: the C library keeps them to itself, and make's children have them ignored.
+            masks = [int(line.split()[1], 16) & ~(3 << 31) for line in (blocked, ignored)]
+            assert masks == [0, 0], (blocked, ignored)
 
         run(test)
 
