@@ -1,6 +1,7 @@
 """Group commit: many callers, few flushes."""
 
 import asyncio
+import errno
 from collections.abc import Callable
 
 
@@ -47,7 +48,14 @@ class GroupCommit:
         if self._failure is not None:
             waiting.set_exception(self._failure)
             return
-        following = self._start()
+        try:
+            following = self._start()
+        except (OSError, RuntimeError) as error:
+            # What is flushed has been closed since (found by the simulator); who waited may be gone as well.
+            self._failure = OSError(errno.EBADF, f"nothing more can be flushed ({error})")
+            waiting.set_exception(self._failure)
+            waiting.exception()
+            return
         following.add_done_callback(lambda result: _copy_result(result, waiting))
 
 

@@ -10,16 +10,13 @@ The order of durable records is what makes every crash in between safe; it is to
 import asyncio
 import contextlib
 import logging
-from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, Final
 
 from replica import split_brain, wire
-from replica.bitmap import BLOCK_SIZE
 from replica.errors import ReplicaError
 from replica.generation import (
     Generations,
     Kind,
-    Side,
     Verdict,
     decide,
     sync_finished_source,
@@ -31,7 +28,7 @@ from replica.hooks import Event
 from replica.link import LinkLost, PeerLink
 from replica.mirror import Mirror
 from replica.resync import SyncSource, SyncTarget
-from replica.split_brain import Policies
+from replica.side_message import pack_side, unpack_ids, unpack_side
 from replica.stand_in import StandIn
 from replica.states import Disk, Replication, Role
 from replica.tasks import spawn
@@ -155,7 +152,7 @@ class Session:
                 **resource.facts(),
                 "ran_on": resource.unbroken,
                 "served": resource.served_generation,
-                "side": _side_as_map(mine),
+                "side": pack_side(mine),
             },
         )
         _, _, _, payload = await link.receive(wire.STATE)
@@ -163,7 +160,7 @@ class Session:
         if not self._updated:
             # An UPDATE is taken when it arrives, so it can be seen before the older STATE that waited for us.
             self._take_facts(message)
-        peer = _side_from_map(resource.peer_name, message.get("side"))
+        peer = unpack_side(resource.peer_name, message.get("side"))
         ran_on, served = wire.field(message, "ran_on", bool), wire.field(message, "served", int)
         if mine is None or peer is None:
             resource.state.change(replication=Replication.OFF)
@@ -384,7 +381,9 @@ class Session:
             await self._exchange_bitmaps()
         _, _, _, payload = await self._link.receive(wire.SYNC_START)
         start = wire.unpack_map(payload)
-        offered = Generations(wire.field(start, "current", int), wire.field(start, "base", int), _ids(start, "history"))
+        offered = Generations(
+            wire.field(start, "current", int), wire.field(start, "base", int), unpack_ids(start, "history")
+        )
         if wire.field(start, "dirty", int) == 0:
             await self._take_generation(offered)
             self._link.send(wire.SYNC_READY)
@@ -495,68 +494,3 @@ class Session:
             self._resource.disk_failed(error)
             reply = {"error": f"the disk of {self._resource.node_name} failed ({error.strerror or error})."}
         self._link.send(wire.REPLY, wire.pack_map(reply), sequence=sequence)
-
-
-def _side_as_map(side: Side | None) -> dict[str, Any] | None:
-    if side is None:
-        return None
-    generations = side.generations
-    return {
-        "size_bytes": side.size_bytes,
-        "block_size": BLOCK_SIZE,
-        "current": generations.current,
-        "base": generations.base,
-        "history": list(generations.history),
-        "just_created": side.just_created,
-        "inconsistent": side.inconsistent,
-        "ahead": side.ahead,
-        "promoted_alone": side.promoted_alone,
-        "unbroken": side.unbroken,
-        "is_primary": side.is_primary,
-        "attaching": side.attaching,
-        "parted_as_primary": side.parted_as_primary,
-        "dirty": side.dirty,
-        "discard": side.discard,
-        "after_split_brain": {name: str(policy) for name, policy in asdict(side.policies).items()},
-    }
-
-
-def _side_from_map(node: str, message: Any) -> Side | None:
-    if message is None:
-        return None
-    if not isinstance(message, dict):
-        raise wire.ProtocolError("the peer's description of its copy is not a map.")
-    if wire.field(message, "block_size", int) != BLOCK_SIZE:
-        raise wire.ProtocolError("the peer's bitmap has another block size: update the older node.")
-    flags = {
-        name: wire.field(message, name, bool)
-        for name in (
-            "just_created",
-            "inconsistent",
-            "ahead",
-            "promoted_alone",
-            "unbroken",
-            "is_primary",
-            "attaching",
-            "discard",
-        )
-    }
-    policies = wire.field(message, "after_split_brain", dict)
-    return Side(
-        node=node,
-        generations=Generations(
-            wire.field(message, "current", int), wire.field(message, "base", int), _ids(message, "history")
-        ),
-        size_bytes=wire.field(message, "size_bytes", int),
-        parted_as_primary=wire.field(message, "parted_as_primary", bool),
-        dirty=wire.field(message, "dirty", int),
-        policies=Policies(**{field.name: wire.field(policies, field.name, str) for field in fields(Policies)}),
-        **flags,
-    )
-
-
-def _ids(message: dict[str, Any], name: str) -> tuple[int, ...]:
-    values = wire.field(message, name, list)
-    if not all(isinstance(value, int) for value in values):
-        raise wire.ProtocolError(f"{name!r} must be a list of generation ids.")
-    return tuple(values)
