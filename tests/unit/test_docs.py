@@ -10,6 +10,7 @@ from replica import config, wire
 from replica.cli import VERBS
 from replica.hooks import DEFAULT_TIMEOUT_S, Event, environment
 from replica.states import tables_as_markdown
+from tests.sim.canaries import CANARIES
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -89,8 +90,18 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 
 def test_promises_name_tests_that_exist() -> None:
-    for name in re.findall(r"`((?:tests|replica)/[\w/]+(?:\.py|/))`", (DOCS / "promises.md").read_text()):
-        assert (ROOT / name).exists(), name
+    text = (DOCS / "promises.md").read_text()
+    for name in re.findall(r"`((?:tests|replica)/[\w/]+(?:\.py(?:::\w+)?|/))`", text):
+        path, _, function = name.partition("::")
+        assert (ROOT / path).exists(), name
+        assert not function or f"def {function}(" in (ROOT / path).read_text(), name
+
+
+def test_promises_name_planted_bugs_that_exist() -> None:
+    lists = re.findall(r"planted: ((?:`[\w-]+`(?:, )?)+)", (DOCS / "promises.md").read_text())
+    named = {name for one in lists for name in re.findall(r"`([\w-]+)`", one)}
+    assert len(named) > 20
+    assert named <= {canary.name for canary in CANARIES}
 
 
 @pytest.mark.parametrize("package", ["replica", "nbdserver"])
