@@ -224,7 +224,7 @@ class Resource:
     @property
     def serving_peer(self) -> bool:
         """Whether the peer, Primary without a good disk, works through this copy."""
-        return self._attached is not None and self._attached[1].serving_peer
+        return self.link is not None and self._attached is not None and self._attached[1].serving_peer
 
     def side(self) -> Side | None:
         """This copy as the decision table sees it; None without a disk."""
@@ -375,6 +375,9 @@ class Resource:
         superblock.primary = True
         superblock.promoted_alone = False
         await self.save()
+        if link is None:
+            # What the peer led, and has not flushed, is known to nobody here: it must not pass for an equal copy.
+            await volume.ensure_alone_recorded()
         peer_volume, self.peer_volume = self.peer_volume, None
         if peer_volume is None or not self.attached:
             self.peer_volume = peer_volume

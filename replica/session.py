@@ -65,6 +65,9 @@ class Session:
         self._mirror: Mirror | None = None
         self._source: SyncSource | None = None
         self.target: SyncTarget | None = None
+        #: As target: every block that differs is dirty here, too. A source that is Primary goes on writing while the
+        #: bitmaps are exchanged, and marks that in its own only (found by the simulator).
+        self.bitmap_is_exact = False
         self._stand_in = StandIn(resource, self, link)
         self._peer_paused = False
         self._updated = False
@@ -404,6 +407,7 @@ class Session:
         self.start_mirror()
         self.target = SyncTarget(self._link, resource.disk.store, resource.disk.bitmap, resource.disk_failed)
         self._offered = offered
+        self.bitmap_is_exact = resource.peer_volume is not None
         resource.begin_sync(Replication.SYNC_TARGET)
         self.apply_pause()
         self._link.send(wire.SYNC_READY)

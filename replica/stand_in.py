@@ -86,7 +86,7 @@ class StandIn:
             self._resource.state.change(last_error=reason)
             return
         peer_volume.serve_on(self._link, wire.field(message, "current", int))
-        if self._resource.syncing:
+        if self._session.bitmap_is_exact and self._resource.syncing:
             peer_volume.read_here(self._resource.disk.store, self._resource.disk.bitmap)
 
     async def take_lead(self) -> None:

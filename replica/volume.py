@@ -493,6 +493,9 @@ class Volume:
                 raise OSError(errno.EIO, "the disk has failed and is no longer used")
             async with self.membership:
                 if self._link is None and not self.alone_recorded:
+                    # From the record on this copy outranks the peer's, which ran on: what it has in its page cache
+                    # only, and a power cut could take, must not be less (found by the simulator).
+                    await self.store.flush()
                     await self._record_alone()
                     self.alone_recorded = True
         except OSError as error:

@@ -441,6 +441,9 @@ class Oracle:
         """It was answered with success."""
         peer = self.other(machine)
         lineage = self.lineage[machine.name]
+        for entry in entries:
+            if entry.sector not in lineage.log:  # its history has been replaced since it was asked
+                lineage.add(entry)
         # (What both have is nobody's own, however late the answer is.)
         lineage.acks += not all(self._holds(lineage, peer, entry) for entry in entries)
         if not machine.is_primary:
@@ -486,12 +489,15 @@ class Oracle:
         """
         peer = self.other(machine)
         alone = self._recorded_alone(machine)
-        of_one_mind = self.lineage[machine.name] is self.lineage[peer.name] and not peer.is_primary
-        if alone or not of_one_mind or not self._recorded_alone(peer):
+        through = self._works_through_peer(machine)
+        if peer.is_primary or self.lineage[machine.name] is not self.lineage[peer.name]:
             return machine, peer, alone
+        if through and not self.durable[machine.name].is_complete:
+            return peer, machine, True
         # Half copied, it leads nobody; unless it led, and its disk has failed since.
-        leads = self.durable[peer.name].is_complete or self._works_through_peer(machine)
-        return (peer, machine, True) if leads else (machine, peer, False)
+        if not alone and self._recorded_alone(peer) and (self.durable[peer.name].is_complete or through):
+            return peer, machine, True
+        return machine, peer, alone
 
     def _recorded_alone(self, machine: "Machine") -> bool:
         durable = self.durable[machine.name]
@@ -660,6 +666,9 @@ class Oracle:
         if mine is not theirs:
             self.discarding.pop(machine.name, None)
             self.lineage[machine.name] = theirs
+            for entry, asked in self._asked_of.items():
+                if asked is machine:  # a Primary that works through the other one
+                    theirs.add(entry)
             self._metadata_persisted(())
             return
         for entry in list(mine.acked):

@@ -77,6 +77,8 @@ class PolicyJudge:
         self._complete = dict.fromkeys(durable, True)
         #: Copies that have become Inconsistent while negotiating, and why they should not have.
         self._given_up: dict[str, str] = {}
+        #: The same of those that died while negotiating, if it had been recorded then.
+        self._last_verdict: dict[str, str] = {}
         #: Whether a verb that changes a role is under way.
         self.changing_roles: Callable[[], bool] = lambda: False
 
@@ -105,6 +107,7 @@ class PolicyJudge:
         self._roles[name].add(machine.is_primary)
 
     def _begin(self) -> None:
+        self._last_verdict.clear()
         for name, durable in self._durable.items():
             durable.refresh()
             self._roles[name] = {durable.machine.is_primary}
@@ -120,6 +123,8 @@ class PolicyJudge:
         """Its process has died."""
         if self._replication[machine.name] == Replication.NEGOTIATING:
             self._parted_as_primary[machine.name] = None
+            (other,) = (durable.machine for name, durable in self._durable.items() if name != machine.name)
+            self._last_verdict[machine.name] = self._why_not_now(machine, other)
         if self.changing_roles():
             self.roles_unknown()
         self._replication[machine.name] = ""
@@ -130,8 +135,12 @@ class PolicyJudge:
 
     def inconsistent(self, loser: "Machine", winner: "Machine") -> None:
         """It is durably Inconsistent now. If that is the first record of a resync, the decision is made."""
-        if self._replication[loser.name] == Replication.NEGOTIATING and self._complete[loser.name]:
-            self._given_up[loser.name] = self._why_not_now(loser, winner)
+        if self._complete[loser.name]:
+            if self._replication[loser.name] == Replication.NEGOTIATING:
+                self._given_up[loser.name] = self._why_not_now(loser, winner)
+            elif not self._replication[loser.name] and loser.name in self._last_verdict:
+                # Its process had died over this record; a power cut since has made it durable.
+                self._given_up[loser.name] = self._last_verdict[loser.name]
 
     def acknowledged(self, machine: "Machine", entries: "list[Entry]", *, alone: bool) -> None:
         """These writes were answered; `alone`: the superblock says that the other one is out of sync."""
