@@ -475,7 +475,8 @@ class Oracle:
             applied = leader.bit | (follower.bit if kept_by_follower else 0)
             # A machine may have lost it again before the answer.
             entry.holders = sum(bit for bit, keeps in kept.items() if keeps and applied & bit)
-            entry.lost = applied & ~entry.holders | (follower.bit if with_follower and not kept_by_follower else 0)
+            uncounted = (entry.applied | (follower.bit if kept[follower.bit] else 0)) & follower.bit & ~applied
+            entry.lost = applied & ~entry.holders | uncounted
             entry.ran = tuple(one.incarnations for one in self.machines)
             lineage.acked[entry] = None
             if not entry.holders:
