@@ -323,7 +323,9 @@ class Resource:
             return
         # Passing an error on takes a client to pass it to; a Secondary's copy must not silently lack a write. And after
         # a failed flush nobody knows what the disk holds. In both cases it is given up, whatever the policy is.
-        pass_on = self.settings.on_io_error == "pass-on" and self.state.role is Role.PRIMARY
+        # (Nor the copy of a Primary that works through its peer: its disk is one that the peer mirrors to.)
+        serving = self.state.role is Role.PRIMARY and self.peer_volume is None
+        pass_on = self.settings.on_io_error == "pass-on" and serving
         if pass_on and not isinstance(error, LostWriteError):
             return
         self.failed = True

@@ -56,7 +56,7 @@ PENDING, MAYBE, ACKED, FLUSHED = range(4)
 class Entry:
     """One write to one sector."""
 
-    __slots__ = ("applied", "end", "holders", "issue", "level", "lost", "ran", "sector", "value")
+    __slots__ = ("applied", "end", "holders", "issue", "level", "lost", "ran", "sector", "term", "value")
 
     def __init__(self, sector: int, value: int, issue: int) -> None:
         self.sector = sector
@@ -68,6 +68,7 @@ class Entry:
         self.holders = 0
         self.lost = 0
         self.ran: tuple[int, ...] = ()  # which incarnation of each machine ran when it was acknowledged
+        self.term = 0  # the time as Primary of the node that acknowledged it
 
 
 class Durable:
@@ -194,13 +195,20 @@ class Lineage:
         issue = entry.issue
         return any(e.value == value and (e.end is None or e.end > issue) for e in entries)
 
-    def allowed(self, sector: int, *, level: int = ACKED, before: int | None = None) -> set[int]:
-        """Values the sector may have, as far as writes of at least `level` that ended by `before` force it."""
+    def allowed(self, sector: int, *, level: int = ACKED, before: int | None = None, term: int = -1) -> set[int]:
+        """Values the sector may have, as far as writes of at least `level`, or acknowledged in `term`, that ended by
+        `before` force it.
+        """
         entries = self.log.get(sector)
         if entries is None:
             return {0}
         newest = max(
-            (e.issue for e in entries if e.level >= level and (before is None or (e.end or 0) <= before)), default=-1
+            (
+                e.issue
+                for e in entries
+                if (e.level >= level or e.term == term) and (before is None or (e.end or 0) <= before)
+            ),
+            default=-1,
         )
         return {e.value for e in entries if e.end is None or e.end > newest}  # the last one's is among them
 
@@ -247,6 +255,7 @@ class Oracle:
         self.durable = {machine.name: Durable(machine, policies[machine.name]) for machine in machines}
         self.judge = PolicyJudge(self.durable, policies)
         self._primary: dict[str, bool] = {machine.name: False for machine in machines}
+        self._terms = {machine.name: 0 for machine in machines}
         self._replication: dict[str, str] = {}
         self._refused: dict[str, int] = {}  # the session in which a hook said no to the resync
         self._pending: dict[int, list[Entry]] = {}  # value -> entries of the write, in order of sectors
@@ -454,7 +463,7 @@ class Oracle:
         leader, follower, alone = self._who_leads(machine)
         self.judge.acknowledged(leader, entries, alone=alone)
         for entry in entries:
-            entry.level = ACKED
+            entry.level, entry.term = ACKED, self._terms[machine.name]
             # Applied, or what overlaps it was applied instead, in an order that was never promised.
             kept = {one.bit: self._holds(lineage, one, entry) for one in self.machines}
             if not (entry.applied & leader.bit or kept[leader.bit]):
@@ -546,7 +555,9 @@ class Oracle:
             if piece != piece[:16] * (SECTOR // 16) or (value and piece[8:12] != (first + index).to_bytes(4, "little")):
                 self.fail("Reads", f"sector {first + index} on {machine.name} holds garbage: {piece[:16].hex()}")
             if value != lineage.newest(first + index):
-                allowed = lineage.allowed(first + index, before=began)
+                # Without a disk of its own it has lost nothing, and must not show what the other one has lost.
+                term = self._terms[machine.name] if self._works_through_peer(machine) else -1
+                allowed = lineage.allowed(first + index, before=began, term=term)
                 if value not in allowed:
                     self._wrong("Reads", machine, first + index, value, allowed)
                     return
@@ -592,8 +603,9 @@ class Oracle:
 
     def _promoted(self, machine: "Machine") -> None:
         self.trace.note(f"{machine.name} is Primary")
+        self._terms[machine.name] = max(self._terms.values()) + 1
         peer = self.other(machine)
-        if machine.name in self.accepted_fork:
+        if machine.name in self.accepted_fork and not self._works_through_peer(machine):
             del self.accepted_fork[machine.name]
             if self._replication.get(machine.name) not in IN_TOUCH:  # else it forks from nobody
                 self.adopt(machine)
