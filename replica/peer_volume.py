@@ -81,7 +81,7 @@ class PeerVolume:
         self._sequence = handed_over.sequence
         self._handle(link)
         for offset, data, told in handed_over.waiting:
-            self.write_batch([(offset, data)], lambda errors, told=told: told(errors.get(0, 0)))  # type: ignore[misc]
+            self.write_batch([(offset, data)], _of_one(told))
 
     # ── the link ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -304,6 +304,11 @@ class PeerVolume:
             else:
                 request.answer.set_result(data)
         self._check_rested()
+
+
+def _of_one(told: Callable[[int], None]) -> WriteDone:
+    """What to call when a batch of one write is done, for who wants its error number, or 0."""
+    return lambda errors: told(errors.get(0, 0))
 
 
 def _refuse(work: _Batch | _Request) -> None:

@@ -380,10 +380,10 @@ class Resource:
         if link is None:
             # What the peer led, and has not flushed, is known to nobody here: it must not pass for an equal copy.
             await volume.ensure_alone_recorded()
-        peer_volume, self.peer_volume = self.peer_volume, None
+        peer_volume = self.peer_volume
         if peer_volume is None or not self.attached:
-            self.peer_volume = peer_volume
             return
+        self.peer_volume = None
         if link is not None:
             volume.start_mirroring(link)
         volume.start_timer()

@@ -16,6 +16,7 @@ from replica.errors import Refused
 from replica.generation import Side
 from replica.link import PeerLink
 from replica.peer_service import PeerService
+from replica.peer_volume import PeerVolume
 from replica.states import Replication, Role
 from replica.tasks import spawn
 
@@ -69,10 +70,14 @@ class StandIn:
             f"{resource.node_name} has no good disk, and {resource.peer_name} {what} meanwhile: let the clients go, "
             f"demote {resource.node_name} and promote {resource.peer_name}."
         )
-        log.error("%s: %s", resource.name, reason)
-        peer_volume.fail()
-        resource.state.change(last_error=reason)
+        self._give_up(peer_volume, reason)
         return False
+
+    def _give_up(self, peer_volume: PeerVolume, reason: str) -> None:
+        """The peer does not serve: clients get errors, and the operator this sentence."""
+        log.error("%s: %s", self._resource.name, reason)
+        peer_volume.fail()
+        self._resource.state.change(last_error=reason)
 
     def _on_serving(self, flags: int, sequence: int, offset: int, payload: memoryview) -> None:
         message = wire.unpack_map(payload)
@@ -80,10 +85,7 @@ class StandIn:
         if peer_volume is None:
             return
         if "error" in message:
-            reason = str(message["error"])
-            log.error("%s: %s", self._resource.name, reason)
-            peer_volume.fail()
-            self._resource.state.change(last_error=reason)
+            self._give_up(peer_volume, str(message["error"]))
             return
         peer_volume.serve_on(self._link, wire.field(message, "current", int))
         if self._session.bitmap_is_exact and self._resource.syncing:

@@ -54,6 +54,9 @@ SYNCING: Final = frozenset(
     {Replication.SYNC_SOURCE, Replication.SYNC_TARGET, Replication.PAUSED_SYNC_S, Replication.PAUSED_SYNC_T}
 )
 
+#: Those of a node whose copy is not complete.
+SYNC_TARGETS: Final = frozenset({Replication.SYNC_TARGET, Replication.PAUSED_SYNC_T})
+
 #: state → states it may change to, with what makes it do so.
 CONNECTION_CHANGES: Final = {
     Connection.STAND_ALONE: {Connection.CONNECTING: "connect, or start of the daemon"},

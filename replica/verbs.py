@@ -15,7 +15,7 @@ from replica.errors import Refused
 from replica.generation import started_alone
 from replica.hooks import Event
 from replica.link import LinkLost, PeerLink
-from replica.states import Connection, Disk, Replication, Role
+from replica.states import SYNC_TARGETS, Connection, Disk, Replication, Role
 
 if TYPE_CHECKING:
     from replica.resource import Resource
@@ -85,9 +85,9 @@ class Verbs:
     def _needs_peer(self) -> bool:
         """Whether this node has no good disk of its own, and a connected peer that has one."""
         resource, state = self._resource, self._resource.state
-        syncing = state.replication in (Replication.SYNC_TARGET, Replication.PAUSED_SYNC_T)
+        good_here = resource.attached and state.replication not in SYNC_TARGETS
         good_there = state.peer_disk in (Disk.UP_TO_DATE, Disk.CONSISTENT)
-        return good_there and (not resource.attached or syncing) and resource.export.size_bytes > 0
+        return good_there and not good_here and resource.export.size_bytes > 0
 
     async def _promote_through_peer(self) -> bool:
         """Serve clients from the peer's copy; False when that is not needed any more."""
@@ -118,7 +118,7 @@ class Verbs:
                 f"{name} has no usable disk on {node} ({disk}), and no connected peer with a good one: attach a disk, "
                 f"or connect to {peer}."
             )
-        if state.replication in (Replication.SYNC_TARGET, Replication.PAUSED_SYNC_T):
+        if state.replication in SYNC_TARGETS:
             raise Refused(f"{name} is being resynced from {peer}: wait for it with `replicactl wait-sync {name}`.")
         if force:
             return
