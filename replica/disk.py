@@ -50,6 +50,12 @@ async def open_disk(config: cfg.Config, resource: cfg.Resource, runtime: Runtime
         # What the page cache holds must be durable before it can count as settled, and be there at all.
         await store.forget_cache()
         await _recover(disk)
+    except OSError as error:
+        disk.close()
+        raise ReplicaError(
+            f"the disk of {resource.name} reports an error ({error.strerror or error}): check "
+            f"{resource.local.backing} and {config.metadata_path(resource.name)}."
+        ) from error
     except BaseException:
         disk.close()
         raise

@@ -223,6 +223,8 @@ class Machine:
         assert self.incarnation is not None
         self.incarnation.started = True
         if error is not None:
+            if not isinstance(error, ReplicaError):  # replicad would end with a traceback instead of a sentence
+                self.world.complain(self.incarnation.loop, error)
             self.die(power=False, why=f"it could not start: {error}")
 
     def die(self, *, power: bool, why: str) -> None:
