@@ -77,8 +77,7 @@ class Verbs:
         resource.export.serve(volume)
         volume.start_timer()
         resource.state.change(role=Role.PRIMARY)
-        log.info("%s: %s is Primary", self._name, self._node)
-        resource.hooks.fire(Event.PROMOTED, f"{self._name} is Primary on {self._node}.")
+        self._tell_promoted()
         if anew:
             resource.renegotiate(f"{self._node} was promoted with --force.")
 
@@ -106,8 +105,12 @@ class Verbs:
             why = resource.state.last_error or f"{self._peer} did not answer"
             await self._demote(force=True)
             raise Refused(f"{self._name} cannot be served from the disk of {self._peer}: {why}")
-        log.info("%s: %s is Primary", self._name, self._node)
+        self._tell_promoted()
         return True
+
+    def _tell_promoted(self) -> None:
+        log.info("%s: %s is Primary", self._name, self._node)
+        self._resource.hooks.fire(Event.PROMOTED, f"{self._name} is Primary on {self._node}.")
 
     def _check_promotable(self, force: bool) -> None:
         name, node, peer, state = self._name, self._node, self._peer, self._resource.state

@@ -198,6 +198,18 @@ def test_both_nodes_tell_of_a_split_brain(libnbd: Any, new_cluster: Callable[...
     assert len(recorder.told) == len(pair.nodes)
 
 
+def test_a_node_that_is_promoted_through_its_peer_is_told(
+    libnbd: Any, new_cluster: Callable[..., Cluster], recorder: Recorder
+) -> None:
+    pair = new_cluster(hooks={"promoted": recorder.hooks[Event.PROMOTED]}).up()
+    recorder.wait(pair.node1, Event.PROMOTED)
+    pair.node2.ctl("detach")
+    pair.node1.wait_for(lambda status: status["peer"]["disk"] == "Diskless")
+    pair.node2.ctl("takeover")
+    told = recorder.wait(pair.node2, Event.PROMOTED)
+    assert (told["REPLICA_ROLE"], told["REPLICA_DISK"]) == ("Primary", "Diskless")
+
+
 def test_a_disk_that_fails(libnbd: Any, new_cluster: Callable[..., Cluster], recorder: Recorder) -> None:
     hooks = {event: recorder.hooks[event] for event in (Event.DISK_FAILED, Event.PEER_LOST)}
     pair = new_cluster(hooks=hooks).up()
