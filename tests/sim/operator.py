@@ -224,6 +224,8 @@ class Operator:
         if force and self._restarted(machine):
             return
         fork = self.oracle.accepted_fork
+        if machine.name in fork:  # one such promotion at a time: what the operator accepts is what it is told of that one
+            return
         fork[machine.name] = force and resource.superblock.inconsistent
         if force and resource.superblock.inconsistent:
             self.oracle.discarding[self.other(machine).name] = None

@@ -461,7 +461,9 @@ class Oracle:
             self.fail("One Primary", f"{machine.name} answered a write while {peer.name} is Primary as well")
         self._ended(entries)
         leader, follower, alone = self._who_leads(machine)
-        self.judge.acknowledged(leader, entries, alone=alone)
+        # What the other one has applied before the two parted may be settled, and is not the leader's own then.
+        own = [entry for entry in entries if not entry.applied & follower.bit]
+        self.judge.acknowledged(leader, own, alone=alone)
         for entry in entries:
             entry.level, entry.term = ACKED, self._terms[machine.name]
             # Applied, or what overlaps it was applied instead, in an order that was never promised.
