@@ -34,11 +34,17 @@ class LocalDisk:
 
 async def open_disk(config: cfg.Config, resource: cfg.Resource, runtime: Runtime) -> LocalDisk:
     """Attach the local copy. Raises ReplicaError with a sentence and leaves everything as it was."""
-    metadata_file = runtime.open_metadata(config.metadata_path(resource.name))
+    metadata_path = config.metadata_path(resource.name)
+    metadata_file = runtime.open_metadata(metadata_path)
     try:
-        metadata = await Metadata.load(metadata_file, where=str(config.metadata_path(resource.name)))
+        # Records that an earlier process failed to flush must not be taken for durable ones.
+        await metadata_file.forget_cache()
+        metadata = await Metadata.load(metadata_file, where=str(metadata_path))
         _check_names(config, resource, metadata)
         store = _open_store(resource, runtime, metadata)
+    except OSError as error:
+        metadata_file.close()
+        raise ReplicaError(f"{metadata_path} cannot be read ({error.strerror or error}): check its disk.") from error
     except BaseException:
         metadata_file.close()
         raise
@@ -54,7 +60,7 @@ async def open_disk(config: cfg.Config, resource: cfg.Resource, runtime: Runtime
         disk.close()
         raise ReplicaError(
             f"the disk of {resource.name} reports an error ({error.strerror or error}): check "
-            f"{resource.local.backing} and {config.metadata_path(resource.name)}."
+            f"{resource.local.backing} and {metadata_path}."
         ) from error
     except BaseException:
         disk.close()

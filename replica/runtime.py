@@ -30,6 +30,9 @@ class Listener(Protocol):
 class ClosableMetadataFile(MetadataFile, Protocol):
     """A metadata file that is held open (and locked) by this process."""
 
+    async def forget_cache(self) -> None:
+        """Flush; from here on, what is read is what the medium has. OSError."""
+
     def close(self) -> None: ...
 
 
@@ -104,8 +107,6 @@ class HostRuntime:
             return FileOfMetadata.open(path)
         except BlockFileError as error:
             raise ReplicaError(str(error)) from None
-        except OSError as error:
-            raise ReplicaError(f"{path} cannot be flushed ({error.strerror or error}): check its disk.") from None
 
     async def listen(self, host: str, port: int, factory: ProtocolFactory) -> Listener:
         """Accept connections on host:port; ReplicaError when the port is taken or the address is not ours."""

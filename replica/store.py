@@ -102,15 +102,8 @@ class FileOfMetadata:
 
     @classmethod
     def open(cls, path: Path) -> "FileOfMetadata":
-        """Open and lock the metadata file; raises BlockFileError with a sentence, LostWriteError."""
-        file = BlockFile.open(path)
-        try:
-            # Records that an earlier process failed to flush must not be taken for durable ones.
-            file.forget_cache()
-        except OSError:
-            file.close()
-            raise
-        return cls(file)
+        """Open and lock the metadata file; raises BlockFileError with a sentence."""
+        return cls(BlockFile.open(path))
 
     def _run(self, call: Callable[..., T], *args: object) -> "asyncio.Future[T]":
         return asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
@@ -123,6 +116,9 @@ class FileOfMetadata:
 
     async def flush(self) -> None:
         await self._run(self._file.flush)
+
+    async def forget_cache(self) -> None:
+        await self._run(self._file.forget_cache)
 
     async def punch(self, offset: int, length: int) -> None:
         await self._run(self._file.zero, offset, length, True)

@@ -254,6 +254,14 @@ class _File:
                 finish()
         self._under_way.clear()
 
+    async def flush(self) -> None:
+        raise NotImplementedError
+
+    async def forget_cache(self) -> None:
+        """Read what is clean from the medium from here on; what is dirty is flushed first."""
+        await self.flush()
+        self.disk.forget_cache()
+
     def close(self) -> None:
         """Wait for what is under way (in no time), then let go."""
         if self.incarnation.dead:
@@ -354,10 +362,6 @@ class SimStore(_File):
 
     async def flush(self) -> None:
         await self._commit.flush()
-
-    async def forget_cache(self) -> None:
-        await self.flush()
-        self.disk.forget_cache()
 
 
 class SimMetadataFile(_File):

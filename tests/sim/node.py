@@ -64,7 +64,6 @@ class SimRuntime:
         return SimBacking(self._incarnation, self._incarnation.machine.data)
 
     def open_metadata(self, path: object) -> SimMetadataFile:
-        self._incarnation.machine.metadata.forget_cache()
         file = SimMetadataFile(self._incarnation, self._incarnation.machine.metadata)
         self._incarnation.files[file] = None
         return file

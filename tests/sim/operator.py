@@ -224,7 +224,7 @@ class Operator:
         if force and self._restarted(machine):
             return
         fork = self.oracle.accepted_fork
-        if machine.name in fork:  # one such promotion at a time: what the operator accepts is what it is told of that one
+        if machine.name in fork:  # one at a time: what the operator accepts is the copy as this promotion finds it
             return
         fork[machine.name] = force and resource.superblock.inconsistent
         if force and resource.superblock.inconsistent:

@@ -5,9 +5,9 @@ nodes have the same policies, it is Secondary, the other copy is complete, and t
 says so. That is judged by what was seen from outside, not by the node's own rules:
 
 roles           as the nodes showed them while they negotiated, and while they were last in touch
-changes         of the loser: blocks with writes that it acknowledged while its superblock said that it is alone and that
-                the other one had never applied, since the two last began a resync or were in sync. It has at least these
-                dirty.
+changes         of the loser: blocks with writes that it acknowledged while its superblock said that it is alone and
+                that the other one had never applied, since the two last began a resync or were in sync. It has at
+                least these dirty.
                 Of the winner: what its durable activity log and bitmap cover. It has at most these dirty.
 
 Who was Primary when the two parted may be unknown: when a node dies, fails or loses its link while that is being
