@@ -66,6 +66,8 @@ class Resource:
         self.export = ResourceExport(self.name, 0, self._refuse_clients, self._read_failed)
         #: What a Primary without a good disk of its own serves its clients from.
         self.peer_volume: PeerVolume | None = None
+        #: The disk that this node had last had writes that the peer's copy lacks, as far as is known here.
+        self.lost_newer_disk = False
         #: The generation under which the peer, Primary without a disk, has worked through this copy; 0: none.
         self.served_generation = 0
         self.hooks = Hooks(self, resource.hooks, runtime)
@@ -164,6 +166,8 @@ class Resource:
     def release_disk(self) -> None:
         if self._attached is not None:
             disk, volume = self._attached
+            if not self.failed:
+                self._copy_ends()
             self._attached = None
             self._released_device = 0 if self.failed else disk.metadata.superblock.device_id
             self.failed = False
@@ -172,6 +176,13 @@ class Resource:
             volume.stop_timer()
             disk.close()
             self.changed()
+
+    def _copy_ends(self) -> None:
+        """The local copy is not used from here on: its disk is detached, or has failed."""
+        superblock = self.superblock
+        # A Primary that works through its peer has nothing that the peer lacks.
+        if self.peer_volume is None:
+            self.lost_newer_disk = superblock.peers[0].outdated and not superblock.inconsistent
 
     # ── what others need to know ─────────────────────────────────────────────────────────────────────────────
 
@@ -328,6 +339,7 @@ class Resource:
         pass_on = self.settings.on_io_error == "pass-on" and serving
         if pass_on and not isinstance(error, LostWriteError):
             return
+        self._copy_ends()
         self.failed = True
         disk, volume = self._attached
         log.error("%s: the disk %s failed (%s) and is no longer used.", self.name, self.settings.backing, error)

@@ -215,6 +215,7 @@ class Session:
         """Both copies are the same from here on; each node gets the other's writes."""
         self.start_mirror()
         self._resource.unbroken = True
+        self._resource.lost_newer_disk = False
         self._resource.volume.alone_recorded = False
         if self._resource.peer_volume is None:  # else once this node leads again
             self._resource.volume.start_mirroring(self._link)
@@ -483,6 +484,8 @@ class Session:
             raise wire.ProtocolError(f"the peer is in a state this version does not know ({error}).") from error
         self._peer_paused = wire.field(message, "paused", bool)
         self._resource.state.change(peer_role=role, peer_disk=disk)
+        if role is Role.PRIMARY:
+            self._resource.lost_newer_disk = False  # its copy is what clients see: what it lacks was given up
 
     def _on_request(self, flags: int, sequence: int, offset: int, payload: memoryview) -> None:
         message = wire.unpack_map(payload)

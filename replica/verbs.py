@@ -48,7 +48,7 @@ class Verbs:
         resource = self._resource
         if resource.state.role is Role.PRIMARY:
             return
-        if self._needs_peer() and await self._promote_through_peer():
+        if self._needs_peer() and await self._promote_through_peer(force):
             return
         self._check_promotable(force)
         if resource.link is not None:
@@ -88,10 +88,15 @@ class Verbs:
         good_there = state.peer_disk in (Disk.UP_TO_DATE, Disk.CONSISTENT)
         return good_there and not good_here and resource.export.size_bytes > 0
 
-    async def _promote_through_peer(self) -> bool:
+    async def _promote_through_peer(self, force: bool) -> bool:
         """Serve clients from the peer's copy; False when that is not needed any more."""
         resource = self._resource
         self._refuse_second_primary()
+        if resource.lost_newer_disk and not force:
+            raise Refused(
+                f"the disk that {self._node} had has newer data of {self._name} than that of {self._peer}: attach it, "
+                f"or lose them with `replicactl promote --force {self._name}`."
+            )
         await self._ask_peer("promote")
         await resource.past_finished()
         if resource.link is None:

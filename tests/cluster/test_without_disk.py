@@ -271,3 +271,30 @@ def test_a_node_that_lost_its_disk_is_promoted_through_its_peer(pair: Cluster) -
     pair.wait_in_sync()
     assert node2.read(0, 4096) == b"2" * 4096
     pair.quiesce().check_identical()
+
+
+def test_older_data_are_not_served_for_want_of_the_newer_disk(pair: Cluster) -> None:
+    node1, node2 = pair.nodes
+    node2.ctl("disconnect")
+    node1.wait_for(lambda status: status["replication"] == "Off")
+    node1.write(0, b"n" * 8192)
+    node1.ctl("demote")
+    node1.ctl("detach")
+    node2.ctl("connect")
+    node1.wait_for(lambda status: status["peer"]["disk"] == "Consistent")
+    assert refused(node1, "promote") == (
+        "the disk that node1 had has newer data of r0 than that of node2: attach it, or lose them with `replicactl "
+        "promote --force r0`."
+    )
+    assert node1.status()["role"] == "Secondary"
+    node1.ctl("attach")
+    pair.wait_in_sync()
+    node1.ctl("promote")
+    pair.quiesce().check_identical()
+    # It is in sync now: node2 has all there is.
+    node1.ctl("demote")
+    node1.ctl("detach")
+    node1.wait_for(lambda status: status["peer"]["disk"] == "Consistent")
+    node1.ctl("promote")
+    with node1.nbd() as handle:
+        assert bytes(handle.pread(8192, 0)) == b"n" * 8192

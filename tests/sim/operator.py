@@ -290,12 +290,13 @@ class Operator:
         self, machine: "Machine", words: str, bad: "Machine", work: "Callable[[Resource], Coroutine[Any, Any, Any]]"
     ) -> None:
         given_up = self.oracle.given_up
+        was_bad = bad.name in given_up
         given_up[bad.name] = None
 
         def done(error: Exception | None) -> None:
             if error is None:
                 given_up[bad.name] = None  # anew: a resync may have been completed before
-            else:
+            elif not was_bad:
                 given_up.pop(bad.name, None)
 
         self._do(machine, words, work, done)
