@@ -33,6 +33,8 @@ class Operator:
         self.over = False
         #: Verbs that change a role, under way; one at a time where two Primaries are forbidden.
         self._changing: dict[int, Machine] = {}
+        #: The same of those that declare a copy bad: who was asked, and whose copy it is.
+        self._invalidating: list[tuple[Machine, Machine]] = []
         self.oracle.judge.changing_roles = lambda: bool(self._changing)
         self._numbers = 0
         self._records = {machine.name: Durable(machine, cached=True) for machine in run.machines}
@@ -175,6 +177,9 @@ class Operator:
                 self.oracle.adopt(machine)  # it died as a Primary by force, if only on record
         for number in [number for number, one in self._changing.items() if one is machine]:
             del self._changing[number]
+        for asked in [asked for asked in self._invalidating if asked[0] is machine]:
+            self._invalidating.remove(asked)
+            self.oracle.given_up[asked[1].name] = None  # or will be: the peer may carry it out all the same
         if not self.over:
             self.world.after(self.rng.expovariate(1 / self.scenario.restart_s), self._boot, machine)
 
@@ -292,8 +297,11 @@ class Operator:
         given_up = self.oracle.given_up
         was_bad = bad.name in given_up
         given_up[bad.name] = None
+        asked = (machine, bad)
+        self._invalidating.append(asked)
 
         def done(error: Exception | None) -> None:
+            self._invalidating.remove(asked)
             if error is None:
                 given_up[bad.name] = None  # anew: a resync may have been completed before
             elif not was_bad:
