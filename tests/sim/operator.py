@@ -301,6 +301,8 @@ class Operator:
         self._invalidating.append(asked)
 
         def done(error: Exception | None) -> None:
+            if asked not in self._invalidating:
+                return  # it ended with its node
             self._invalidating.remove(asked)
             if error is None:
                 given_up[bad.name] = None  # anew: a resync may have been completed before
