@@ -366,10 +366,11 @@ class Operator:
             return False
         if self.over and self._give_up_incomplete(machines):
             return True
+        accepted = self.scenario.split_brain or len(self.oracle._lineages()) > 1
         split = len(self.oracle._lineages()) > 1 or sum(machine.is_primary for machine in machines) > 1
         reasons = " ".join(state.last_error for state in states)
         if "changes of their own" in reasons or "have both changed" in reasons:
-            if not self.scenario.split_brain:
+            if not accepted:
                 self.oracle.fail("Direction", f"split brain without an operator who accepted it: {reasons}")
             split = True
         if not split and not self.over and self.rng.random() < 0.7:

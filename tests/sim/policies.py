@@ -136,7 +136,8 @@ class PolicyJudge:
 
     def inconsistent(self, loser: "Machine", winner: "Machine") -> None:
         """It is durably Inconsistent now. If that is the first record of a resync, the decision is made."""
-        if self._complete[loser.name]:
+        failed = loser.resource is not None and loser.resource.failed  # then it is the record of that
+        if self._complete[loser.name] and not failed:
             if self._replication[loser.name] == Replication.NEGOTIATING:
                 self._given_up[loser.name] = self._why_not_now(loser, winner)
             elif not self._replication[loser.name] and loser.name in self._last_verdict:
