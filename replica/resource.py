@@ -53,7 +53,8 @@ class Resource:
         self.demoting = False
         self.link: PeerLink | None = None
         self._complaint = ""
-        #: Both copies were in sync, and this process has applied every write since: it lacks none that was answered.
+        #: Both copies were in sync, or clients were served by this one, and this process has applied every write since:
+        #: it lacks none that was answered.
         self.unbroken = False
         #: The disk that was detached last, if it was good; 0: none.
         self._released_device = 0

@@ -175,6 +175,8 @@ class StandIn:
             if self._link.closed:
                 return
             self._service = PeerService(self._link, volume)
+            # Clients are told nothing any more but what this copy has, whatever it lacked before.
+            resource.unbroken = True
         if resource.state.replication is Replication.ESTABLISHED and not volume.mirroring:
             resource.state.change(replication=Replication.OFF)
         self._link.send_map(wire.SERVING, {"current": resource.served_generation})

@@ -22,7 +22,7 @@ BATCH = 50
 #: Each of these found a bug of the node once (docs/testing.md); what a seed does changes with the simulator.
 REMEMBERED = (
     *(117, 120, 1149, 1192, 1602, 3344, 4009, 4020, 4043, 5223, 5758, 7183),
-    *(22831, 103617, 111178, 118099, 123597, 129935, 309743, 418957),
+    *(22831, 103617, 111178, 118099, 123597, 129935, 309743, 418957, 545403),
 )
 
 
