@@ -9,6 +9,7 @@ from struct import Struct
 from typing import Protocol
 
 from nbdserver import constants as c
+from nbdserver import meta_context
 from nbdserver.export import Export
 
 _GREETING = Struct(">QQH")
@@ -36,10 +37,31 @@ class Directory(Protocol):
 
 
 @dataclass(frozen=True)
+class Dialect:
+    """What the transmission phase may use beyond its first version."""
+
+    structured_replies: bool = False
+    base_allocation: bool = False
+
+
+@dataclass(frozen=True)
 class Opened:
     """The client chose this export: what follows is the transmission phase."""
 
     export: Export
+    dialect: Dialect = Dialect()
+
+
+@dataclass
+class Negotiated:
+    """What options have negotiated so far. STARTTLS forgets it: all of it is here, to be replaced by a new one."""
+
+    structured_replies: bool = False
+    allocation_of: Export | None = None  # the export for which `base:allocation` was selected last
+
+    def dialect(self, export: Export) -> Dialect:
+        """What holds for this export; contexts that were selected for another one are dropped."""
+        return Dialect(self.structured_replies, self.structured_replies and self.allocation_of is export)
 
 
 @dataclass(frozen=True)
@@ -75,8 +97,8 @@ class Handshake:
         self._have_client_flags = False
         self._no_zeroes = False
         self._options_seen = 0
-        # An option that is not in this table is drained and answered with ERR_UNSUP. What STARTTLS,
-        # STRUCTURED_REPLY and meta contexts negotiate is state of this object, so they are methods too.
+        self._negotiated = Negotiated()
+        # An option that is not in this table is drained and answered with ERR_UNSUP.
         self._handlers: dict[int, Callable[[bytes], None]] = {
             c.OPT_EXPORT_NAME: self._on_export_name,
             c.OPT_ABORT: self._on_abort,
@@ -157,10 +179,10 @@ class Handshake:
         if self._directory.shutting_down:
             raise _OptionError(c.REP_ERR_SHUTDOWN, "the server is shutting down")
         export = self._open(_name(data))
-        self._output.append(_EXPORT_NAME_REPLY.pack(export.size_bytes, transmission_flags(export)))
+        self._output.append(_EXPORT_NAME_REPLY.pack(export.size_bytes, self._flags(export)))
         if not self._no_zeroes:
             self._output.append(bytes(124))
-        self.outcome = Opened(export)
+        self.outcome = Opened(export, self._negotiated.dialect(export))
 
     def _on_abort(self, data: bytes) -> None:
         _no_data("ABORT", data)
@@ -178,13 +200,13 @@ class Handshake:
         self._describe(c.OPT_INFO, data)
 
     def _on_go(self, data: bytes) -> None:
-        self.outcome = Opened(self._describe(c.OPT_GO, data))
+        export = self._describe(c.OPT_GO, data)
+        self.outcome = Opened(export, self._negotiated.dialect(export))
 
     def _describe(self, option: int, data: bytes) -> Export:
         name, wanted = _parse_info(data)
         export = self._open(name)
-        flags = transmission_flags(export)
-        self._reply(option, c.REP_INFO, _INFO_EXPORT.pack(c.INFO_EXPORT, export.size_bytes, flags))
+        self._reply(option, c.REP_INFO, _INFO_EXPORT.pack(c.INFO_EXPORT, export.size_bytes, self._flags(export)))
         for info in wanted:  # an unknown one is ignored, as the protocol wants it
             if info == c.INFO_NAME:
                 self._reply(option, c.REP_INFO, _U16.pack(info) + export.name.encode())
@@ -196,6 +218,40 @@ class Handshake:
         self._reply(option, c.REP_ACK)
         return export
 
+    def _flags(self, export: Export) -> int:
+        return transmission_flags(export, structured_replies=self._negotiated.structured_replies)
+
+    def _on_structured_reply(self, data: bytes) -> None:
+        _no_data("STRUCTURED_REPLY", data)
+        self._negotiated.structured_replies = True
+        self._reply(c.OPT_STRUCTURED_REPLY, c.REP_ACK)
+
+    def _on_list_meta_context(self, data: bytes) -> None:
+        _, queries = self._parse_contexts(data)
+        if meta_context.lists_allocation(queries):
+            self._reply_context(c.OPT_LIST_META_CONTEXT, 0)
+        self._reply(c.OPT_LIST_META_CONTEXT, c.REP_ACK)
+
+    def _on_set_meta_context(self, data: bytes) -> None:
+        self._negotiated.allocation_of = None  # an option that fails replaces what was selected, too
+        export, queries = self._parse_contexts(data)
+        if meta_context.selects_allocation(queries):
+            self._negotiated.allocation_of = export
+            self._reply_context(c.OPT_SET_META_CONTEXT, meta_context.BASE_ALLOCATION_ID)
+        self._reply(c.OPT_SET_META_CONTEXT, c.REP_ACK)
+
+    def _parse_contexts(self, data: bytes) -> tuple[Export, tuple[bytes, ...]]:
+        if not self._negotiated.structured_replies:
+            raise _OptionError(c.REP_ERR_INVALID, "metadata contexts need STRUCTURED_REPLY first")
+        try:
+            request = meta_context.parse(data)
+        except meta_context.MetaContextError as error:
+            raise _OptionError(c.REP_ERR_TOO_BIG if error.too_big else c.REP_ERR_INVALID, str(error)) from None
+        return self._open(_name(request.export_name)), request.queries
+
+    def _reply_context(self, option: int, number: int) -> None:
+        self._reply(option, c.REP_META_CONTEXT, _U32.pack(number) + meta_context.BASE_ALLOCATION.encode())
+
     def _open(self, name: str) -> Export:
         export = self._directory.find(name)
         if export is None:
@@ -206,9 +262,11 @@ class Handshake:
         return export
 
 
-def transmission_flags(export: Export) -> int:
+def transmission_flags(export: Export, *, structured_replies: bool = False) -> int:
     """The 16 flag bits that tell a client what the export can do."""
     flags = c.EXPORT_HAS_FLAGS | c.EXPORT_SEND_FLUSH | c.EXPORT_SEND_FUA | c.EXPORT_CAN_MULTI_CONN
+    if structured_replies:
+        flags |= c.EXPORT_SEND_DF
     if export.read_only:
         return flags | c.EXPORT_READ_ONLY
     return flags | c.EXPORT_SEND_TRIM | c.EXPORT_SEND_WRITE_ZEROES
