@@ -140,16 +140,23 @@ class Connection(asyncio.BufferedProtocol):
         self._handshake = None
         if isinstance(outcome, Opened):
             received.put_back(handshake.rest)
-            self._open(outcome.export)
+            self._open(outcome)
         else:
             log.info("closing the connection of %s: %s", self.peer_name, outcome.reason)
             self._close()
 
-    def _open(self, export: Export) -> None:
+    def _open(self, opened: Opened) -> None:
+        export = opened.export
         log.info("%s opened export %r", self.peer_name, export.name)
         self._export = export
         self._engine = RequestEngine(
-            export, self._transport, self._received, self._limits, self.peer_name, self._settled
+            opened.export,
+            opened.dialect,
+            self._transport,
+            self._received,
+            self._limits,
+            self.peer_name,
+            self._settled,
         )
         export.opened(self)
         self._engine.process()

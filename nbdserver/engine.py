@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from nbdserver import constants as c
+from nbdserver import slow_requests, structured
 from nbdserver.export import Export
 from nbdserver.limits import Limits
 from nbdserver.receive_buffer import ReceiveBuffer
@@ -22,6 +23,7 @@ from nbdserver.transmission import (
     REPLY_OK,
     REQUEST,
     REQUEST_BYTES,
+    Dialect,
     reply,
     split_kind,
     validate,
@@ -47,6 +49,7 @@ class RequestEngine:
     def __init__(
         self,
         export: Export,
+        dialect: Dialect,
         transport: asyncio.Transport,
         received: ReceiveBuffer,
         limits: Limits,
@@ -55,6 +58,8 @@ class RequestEngine:
     ) -> None:
         self.accepting = True
         self._export = export
+        self._dialect = dialect
+        self._structured = dialect.structured_replies
         self._transport = transport
         self._received = received
         self._limits = limits
@@ -228,23 +233,37 @@ class RequestEngine:
         if command == c.CMD_DISC:
             self.accepting = False
             return False
-        error = validate(command, flags, offset, length, size_bytes=export.size_bytes, read_only=export.read_only)
+        error = validate(
+            command,
+            flags,
+            offset,
+            length,
+            size_bytes=export.size_bytes,
+            read_only=export.read_only,
+            dialect=self._dialect,
+        )
         if command == c.CMD_WRITE:
             return self._take_write(cookie, offset, length, bool(flags & c.CMD_FLAG_FUA), error)
         received.start += REQUEST_BYTES
-        fua = bool(flags & c.CMD_FLAG_FUA)
-        if error or (length == 0 and command != c.CMD_FLUSH):
-            self._send(reply(cookie, error))
+        if error:
+            self._send(self._failure(command, cookie, error))
         elif command == c.CMD_READ:
-            self._read(cookie, offset, length)
-        elif command == c.CMD_FLUSH:
-            self._start(cookie, 0, self._without_data(export.flush()))
-        elif command == c.CMD_TRIM:
-            self._start(cookie, 0, self._without_data(export.trim(offset, length), fua))
+            if length:
+                self._read(cookie, offset, length, whole=bool(flags & c.CMD_FLAG_DF))
+            else:
+                self._send(structured.nothing(cookie) if self._structured else reply(cookie, 0))
+        elif length == 0 and command != c.CMD_FLUSH:
+            self._send(reply(cookie, 0))
         else:
-            punch = not flags & c.CMD_FLAG_NO_HOLE
-            self._start(cookie, 0, self._without_data(export.zero(offset, length, punch), fua))
+            work = slow_requests.neither_read_nor_write(export, command, flags, cookie, offset, length)
+            self._start(command, cookie, 0, work)
         return True
+
+    def _failure(self, command: int, cookie: bytes, error: int) -> bytes:
+        """The reply to a request that failed; `error` is one of the protocol's numbers."""
+        if self._structured and command in (c.CMD_READ, c.CMD_BLOCK_STATUS):
+            return structured.error(cookie, error)
+        return reply(cookie, error)
 
     def _take_write(self, cookie: bytes, offset: int, length: int, fua: bool, error: int) -> bool:
         """Take a write that is durable, large, empty or rejected. False: its data has to arrive first."""
@@ -258,7 +277,8 @@ class RequestEngine:
             return False
         data = bytes(received.view[stop - length : stop])
         received.start = stop
-        self._start(cookie, length, self._without_data(self._export.write_durable(offset, data)))
+        work = slow_requests.without_data(self._export, cookie, self._export.write_durable(offset, data))
+        self._start(c.CMD_WRITE, cookie, length, work)
         return True
 
     def _take_piece(self, stream: StreamedWrite) -> bool:
@@ -282,17 +302,24 @@ class RequestEngine:
 
     # ---- execution
 
-    def _read(self, cookie: bytes, offset: int, length: int) -> bool:
+    def _read(self, cookie: bytes, offset: int, length: int, *, whole: bool = False) -> bool:
         """Answer a read at once or start a task for it. False: look at the limits before going on."""
         try:
             data = self._export.read_now(offset, length)
         except OSError as error:
-            self._output.append(reply(cookie, wire_error(error.errno)))
+            self._output.append(self._failure(c.CMD_READ, cookie, wire_error(error.errno)))
             return True
         if data is None:
-            self._start(cookie, length, self._export.read(offset, length))
+            work = (
+                slow_requests.read_structured(self._export, cookie, offset, length, whole=whole)
+                if self._structured
+                else slow_requests.read_simple(self._export, cookie, offset, length)
+            )
+            self._start(c.CMD_READ, cookie, length, work)
             return False
-        self._output += (REPLY_OK + cookie, data)
+        # What is in the page cache is sent as data, hole or not: to look would take longer.
+        header = structured.data(cookie, offset, length) if self._structured else REPLY_OK + cookie
+        self._output += (header, data)
         self._output_bytes += length
         if self._output_bytes < _SEND_BYTES:
             return True
@@ -331,26 +358,26 @@ class RequestEngine:
 
     def _finish_stream(self, stream: StreamedWrite) -> None:
         if stream.fua and not stream.error:
-            self._start(stream.cookie, 0, self._without_data(self._export.flush()))
+            work = slow_requests.without_data(self._export, stream.cookie, self._export.flush())
+            self._start(c.CMD_WRITE, stream.cookie, 0, work)
         else:
             error = wire_error(stream.error) if stream.error else 0
             self._send(reply(stream.cookie, error))
 
-    def _start(self, cookie: bytes, charge: int, work: Coroutine[Any, Any, bytes]) -> None:
-        """Run `work` as a task and answer with the data it returns; `charge`: bytes it keeps in memory."""
+    def _start(self, command: int, cookie: bytes, charge: int, work: Coroutine[Any, Any, list[bytes]]) -> None:
+        """Run `work` as a task and send the reply it returns; `charge`: bytes it keeps in memory."""
         self._under_way += 1
         self._slow += 1
         self._in_flight_bytes += charge
-        task = self._loop.create_task(self._answer(cookie, charge, work))
+        task = self._loop.create_task(self._answer(command, cookie, charge, work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _answer(self, cookie: bytes, charge: int, work: Coroutine[Any, Any, bytes]) -> None:
-        data = b""
+    async def _answer(self, command: int, cookie: bytes, charge: int, work: Coroutine[Any, Any, list[bytes]]) -> None:
+        buffers: list[bytes] | None = None
         error = c.ESHUTDOWN  # what it stays when the task is cancelled
         try:
-            data = await work
-            error = 0
+            buffers = await work
         except OSError as problem:
             error = wire_error(problem.errno)
         except Exception as problem:
@@ -361,12 +388,5 @@ class RequestEngine:
             self._under_way -= 1
             self._slow -= 1
             self._in_flight_bytes -= charge
-            header = reply(cookie, error)
-            self._send(header, data) if data else self._send(header)
+            self._send(*(buffers or [self._failure(command, cookie, error)]))
             self._progress()
-
-    async def _without_data(self, work: Coroutine[Any, Any, None], flush_after: bool = False) -> bytes:
-        await work
-        if flush_after:
-            await self._export.flush()
-        return b""

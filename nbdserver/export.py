@@ -5,6 +5,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
+from nbdserver.extents import DATA, Extent
+
 # Index in the batch -> NBD error number of that write. Empty: all of them succeeded.
 WriteDone = Callable[[Mapping[int, int]], None]
 
@@ -98,3 +100,17 @@ class Export(abc.ABC):
     @abc.abstractmethod
     async def zero(self, offset: int, length: int, punch: bool) -> None:
         """The range reads as zeroes afterwards; `punch` False: it must stay allocated. Raises OSError."""
+
+    def zeroes_fast(self, offset: int, length: int, punch: bool) -> bool:
+        """Whether `zero` of this range is certain to take less time than a write of zeroes; does not block."""
+        return False
+
+    async def block_status(self, offset: int, length: int, most: int) -> list[Extent]:
+        """At least one and at most `most` extents from `offset` on, of `length` bytes or less. Raises OSError.
+
+        `nbdserver.extents.HOLE` only for what reads as zeroes; `DATA` is never wrong.
+        """
+        return [(length, DATA)]
+
+    async def prefetch(self, offset: int, length: int) -> None:  # noqa: B027 - a hint
+        """The range will soon be read. Raises OSError."""

@@ -5,7 +5,9 @@ import errno
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from nbdserver import extents
 from nbdserver.blockfile import BlockFile, LostWriteError
+from nbdserver.constants import MAX_BLOCK_BYTES
 from nbdserver.export import NO_ERRORS, Export, WriteDone
 from nbdserver.transmission import wire_error
 
@@ -65,6 +67,19 @@ class FileExport(Export):
     async def zero(self, offset: int, length: int, punch: bool) -> None:
         self._check()
         await _in_thread(lambda: self._file.zero(offset, length, punch))
+
+    def zeroes_fast(self, offset: int, length: int, punch: bool) -> bool:
+        return extents.zeroes_fast(self._file.punches_fast, offset, length, punch)
+
+    async def block_status(self, offset: int, length: int, most: int) -> list[extents.Extent]:
+        return await extents.walk(self._next_data, offset, length, most, asyncio.get_running_loop().time)
+
+    async def _next_data(self, offset: int, end: int) -> tuple[int, int]:
+        return await _in_thread(lambda: self._file.next_data(offset, end))
+
+    async def prefetch(self, offset: int, length: int) -> None:
+        # No more than one request can ask for: a hint must not empty the page cache.
+        await _in_thread(lambda: self._file.prefetch(offset, min(length, MAX_BLOCK_BYTES)))
 
     async def _durably(self, call: Callable[[], None]) -> None:
         self._check()

@@ -11,6 +11,7 @@ from typing import Protocol
 from nbdserver import constants as c
 from nbdserver import meta_context
 from nbdserver.export import Export
+from nbdserver.transmission import Dialect
 
 _GREETING = Struct(">QQH")
 _CLIENT_FLAGS = Struct(">I")
@@ -37,19 +38,11 @@ class Directory(Protocol):
 
 
 @dataclass(frozen=True)
-class Dialect:
-    """What the transmission phase may use beyond its first version."""
-
-    structured_replies: bool = False
-    base_allocation: bool = False
-
-
-@dataclass(frozen=True)
 class Opened:
     """The client chose this export: what follows is the transmission phase."""
 
     export: Export
-    dialect: Dialect = Dialect()
+    dialect: Dialect
 
 
 @dataclass
@@ -105,6 +98,9 @@ class Handshake:
             c.OPT_LIST: self._on_list,
             c.OPT_INFO: self._on_info,
             c.OPT_GO: self._on_go,
+            c.OPT_STRUCTURED_REPLY: self._on_structured_reply,
+            c.OPT_LIST_META_CONTEXT: self._on_list_meta_context,
+            c.OPT_SET_META_CONTEXT: self._on_set_meta_context,
         }
 
     @property
@@ -264,12 +260,12 @@ class Handshake:
 
 def transmission_flags(export: Export, *, structured_replies: bool = False) -> int:
     """The 16 flag bits that tell a client what the export can do."""
-    flags = c.EXPORT_HAS_FLAGS | c.EXPORT_SEND_FLUSH | c.EXPORT_SEND_FUA | c.EXPORT_CAN_MULTI_CONN
+    flags = c.EXPORT_HAS_FLAGS | c.EXPORT_SEND_FLUSH | c.EXPORT_SEND_FUA | c.EXPORT_CAN_MULTI_CONN | c.EXPORT_SEND_CACHE
     if structured_replies:
         flags |= c.EXPORT_SEND_DF
     if export.read_only:
         return flags | c.EXPORT_READ_ONLY
-    return flags | c.EXPORT_SEND_TRIM | c.EXPORT_SEND_WRITE_ZEROES
+    return flags | c.EXPORT_SEND_TRIM | c.EXPORT_SEND_WRITE_ZEROES | c.EXPORT_SEND_FAST_ZERO
 
 
 def _cut(text: str) -> bytes:

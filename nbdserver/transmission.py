@@ -5,9 +5,19 @@ Source: NetworkBlockDevice/nbd, doc/proto.md, "Transmission phase" and "Request 
 
 import errno
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from struct import Struct
 
 from nbdserver import constants as c
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """What the transmission phase may use beyond its first version."""
+
+    structured_replies: bool = False
+    base_allocation: bool = False
+
 
 # Magic, flags and command are one number here, so that the commonest requests are told apart by a single
 # comparison; the cookie stays the eight opaque bytes it is.
@@ -21,11 +31,13 @@ PLAIN_WRITE = c.REQUEST_MAGIC << 32 | c.CMD_WRITE
 REPLY_OK = _ERROR.pack(c.SIMPLE_REPLY_MAGIC, 0)  # followed by the cookie
 
 _ALLOWED_FLAGS = {
-    c.CMD_READ: c.CMD_FLAG_FUA,
+    c.CMD_READ: c.CMD_FLAG_FUA | c.CMD_FLAG_DF,
     c.CMD_WRITE: c.CMD_FLAG_FUA,
     c.CMD_FLUSH: c.CMD_FLAG_FUA,
     c.CMD_TRIM: c.CMD_FLAG_FUA,
-    c.CMD_WRITE_ZEROES: c.CMD_FLAG_FUA | c.CMD_FLAG_NO_HOLE,
+    c.CMD_CACHE: c.CMD_FLAG_FUA,
+    c.CMD_WRITE_ZEROES: c.CMD_FLAG_FUA | c.CMD_FLAG_NO_HOLE | c.CMD_FLAG_FAST_ZERO,
+    c.CMD_BLOCK_STATUS: c.CMD_FLAG_FUA | c.CMD_FLAG_REQ_ONE,
 }
 
 _CHANGES_DATA = frozenset((c.CMD_WRITE, c.CMD_TRIM, c.CMD_WRITE_ZEROES))
@@ -44,7 +56,7 @@ _WIRE_ERRORS = {
     errno.EDQUOT: c.ENOSPC,
     errno.EFBIG: c.ENOSPC,
     errno.ESHUTDOWN: c.ESHUTDOWN,
-    # ENOTSUP and EOVERFLOW belong to requests (FAST_ZERO, DF) that are not advertised.
+    # On the wire, ENOTSUP and EOVERFLOW speak of the request (FAST_ZERO, DF), never of what storage says.
     errno.EOPNOTSUPP: c.EINVAL,
     errno.EOVERFLOW: c.EINVAL,
 }
@@ -55,13 +67,19 @@ def split_kind(kind: int) -> tuple[int, int, int]:
     return kind >> 32, kind >> 16 & 0xFFFF, kind & 0xFFFF
 
 
-def validate(command: int, flags: int, offset: int, length: int, *, size_bytes: int, read_only: bool) -> int:
+def validate(
+    command: int, flags: int, offset: int, length: int, *, size_bytes: int, read_only: bool, dialect: Dialect
+) -> int:
     """The NBD error number a request deserves before anything is done about it; 0 when it is in order.
 
     A DISC is not a request in this sense: it has no reply, whatever its other fields say.
     """
     allowed_flags = _ALLOWED_FLAGS.get(command)
     if allowed_flags is None or flags & ~allowed_flags:
+        return c.EINVAL
+    if flags & c.CMD_FLAG_DF and not dialect.structured_replies:
+        return c.EINVAL
+    if command == c.CMD_BLOCK_STATUS and not (length and dialect.base_allocation):
         return c.EINVAL
     if command == c.CMD_FLUSH:
         return c.EINVAL if offset or length else 0
@@ -71,6 +89,8 @@ def validate(command: int, flags: int, offset: int, length: int, *, size_bytes: 
         return c.EINVAL
     if offset + length > size_bytes:  # Python's integers do not wrap
         return c.ENOSPC if command in _ENOSPC_BEYOND_END else c.EINVAL
+    if flags & c.CMD_FLAG_DF and length > c.MAX_BLOCK_BYTES:
+        return c.EOVERFLOW  # a single chunk must not be longer than the maximum that was advertised
     return 0
 
 

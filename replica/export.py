@@ -4,7 +4,9 @@ import errno
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol, TypeVar
 
+from nbdserver.constants import MAX_BLOCK_BYTES
 from nbdserver.export import Export, ExportClient, WriteDone
+from nbdserver.extents import Extent
 
 T = TypeVar("T")
 
@@ -23,6 +25,12 @@ class Served(Protocol):
     async def zero(self, offset: int, length: int, punch: bool) -> None: ...
 
     async def flush(self) -> None: ...
+
+    def zeroes_fast(self, offset: int, length: int, punch: bool) -> bool: ...
+
+    async def block_status(self, offset: int, length: int, most: int) -> list[Extent]: ...
+
+    async def prefetch(self, offset: int, length: int) -> None: ...
 
 
 class ResourceExport(Export):
@@ -81,15 +89,11 @@ class ResourceExport(Export):
 
     async def read(self, offset: int, length: int) -> bytes:
         """Read from the local disk, or from the peer's if there is none."""
+        return await self._insist(self._reporting(lambda served: served.read(offset, length)))
 
-        async def read(served: Served) -> bytes:
-            try:
-                return await served.read(offset, length)
-            except OSError as error:
-                self._report(served, error)
-                raise
-
-        return await self._insist(read)
+    async def block_status(self, offset: int, length: int, most: int) -> list[Extent]:
+        """The holes of the local disk, where that is good."""
+        return await self._insist(self._reporting(lambda served: served.block_status(offset, length, most)))
 
     async def write_durable(self, offset: int, data: bytes) -> None:
         """Write with FUA on every in-sync node."""
@@ -106,6 +110,26 @@ class ResourceExport(Export):
     async def zero(self, offset: int, length: int, punch: bool) -> None:
         """Zero on both nodes."""
         await self._insist(lambda served: served.zero(offset, length, punch))
+
+    def zeroes_fast(self, offset: int, length: int, punch: bool) -> bool:
+        """Whether zeroing is fast on every node that has to do it."""
+        return self._serving().zeroes_fast(offset, length, punch)
+
+    async def prefetch(self, offset: int, length: int) -> None:
+        """Read ahead on the local disk; no more than one read can ask for: a hint must not empty the page cache."""
+        await self._insist(lambda served: served.prefetch(offset, min(length, MAX_BLOCK_BYTES)))
+
+    def _reporting(self, ask: Callable[[Served], Awaitable[T]]) -> Callable[[Served], Awaitable[T]]:
+        """The same, and a failure is told to the resource."""
+
+        async def ask_and_report(served: Served) -> T:
+            try:
+                return await ask(served)
+            except OSError as error:
+                self._report(served, error)
+                raise
+
+        return ask_and_report
 
     async def _insist(self, ask: Callable[[Served], Awaitable[T]]) -> T:
         """The answer of what is served now. When another copy took over meanwhile, the error was not the client's:

@@ -84,6 +84,8 @@ class PeerLink(asyncio.BufferedProtocol):
         self.close_reason = ""
         self.session = 0
         self.integrity = settings.identity.integrity
+        #: What the peer tells of its disk: see `replica.store.Store.punches_fast`.
+        self.peer_punches_fast = False
         #: Handlers of frames by kind; whoever takes the link over fills them in.
         self.handlers: dict[int, FrameHandler] = {wire.REPLY: self._on_reply}
         self.on_writes: WritesHandler | None = None

@@ -14,6 +14,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from nbdserver import extents
 from nbdserver.export import NO_ERRORS, WriteDone
 from replica import wire
 from replica.bitmap import Bitmap, blocks_of
@@ -228,6 +229,32 @@ class PeerVolume:
     async def flush(self) -> None:
         """Durable: every write answered before this call."""
         await self._request(wire.FLUSH)
+
+    def zeroes_fast(self, offset: int, length: int, punch: bool) -> bool:
+        """Never: what the peer's disk, and the one that is being resynced, make of it is not known here."""
+        return False
+
+    async def block_status(self, offset: int, length: int, most: int) -> list[extents.Extent]:
+        """The holes of the local disk, if the resync has brought all of these blocks; else all counts as data."""
+
+        async def next_data(at: int, end: int) -> tuple[int, int]:
+            store = self._good_here(offset, length)
+            if store is None:
+                raise OSError(errno.ESTALE, "not to be read here")
+            return await store.next_data(at, end)
+
+        with contextlib.suppress(OSError):
+            found = await extents.walk(next_data, offset, length, most, asyncio.get_running_loop().time)
+            if self._good_here(offset, length) is not None:
+                return found
+        return [(length, extents.DATA)]
+
+    async def prefetch(self, offset: int, length: int) -> None:
+        """Only where a read would use the local disk."""
+        store = self._good_here(offset, length)
+        if store is not None:
+            with contextlib.suppress(OSError):
+                await store.prefetch(offset, length)
 
     def _good_here(self, offset: int, length: int) -> Store | None:
         if self._local is None:

@@ -262,7 +262,12 @@ class Resource:
 
     def facts(self) -> dict[str, Any]:
         """What the peer is told whenever it changes."""
-        return {"role": str(self.state.role), "disk": str(self.disk_state), "paused": self.paused}
+        return {
+            "role": str(self.state.role),
+            "disk": str(self.disk_state),
+            "paused": self.paused,
+            "punches_fast": self.attached and self.disk.store.punches_fast,
+        }
 
     def status(self) -> dict[str, Any]:
         """The status document (docs/operations)."""

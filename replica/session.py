@@ -483,6 +483,8 @@ class Session:
         except ValueError as error:
             raise wire.ProtocolError(f"the peer is in a state this version does not know ({error}).") from error
         self._peer_paused = wire.field(message, "paused", bool)
+        # An older program does not tell: then it is not known, and zeroing never counts as fast.
+        self._link.peer_punches_fast = message.get("punches_fast") is True
         self._resource.state.change(peer_role=role, peer_disk=disk)
         if role is Role.PRIMARY:
             self._resource.lost_newer_disk = False  # its copy is what clients see: what it lacks was given up

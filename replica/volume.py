@@ -26,6 +26,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from nbdserver import extents
 from nbdserver.export import NO_ERRORS, WriteDone
 from replica import wire
 from replica.activity_log import EXTENT_SHIFT, ActivityLog
@@ -120,6 +121,7 @@ class Volume:
         # Reads need nothing of the volume.
         self.read_now = store.read_now
         self.read = store.read
+        self.prefetch = store.prefetch
 
     # ── what the node is doing ───────────────────────────────────────────────────────────────────────────────
 
@@ -309,6 +311,21 @@ class Volume:
         while in_flight and in_flight[0][0] <= sequence:
             done, errors, _ = in_flight.popleft()[1]
             done(errors)
+
+    # ── holes ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def block_status(self, offset: int, length: int, most: int) -> list[extents.Extent]:
+        """See `nbdserver.export.Export.block_status`: holes of the local disk, which has every answered write."""
+
+        async def next_data(at: int, end: int) -> tuple[int, int]:
+            return await self.store.next_data(at, end)  # the store of that moment: it may be abandoned on the way
+
+        return await extents.walk(next_data, offset, length, most, asyncio.get_running_loop().time)
+
+    def zeroes_fast(self, offset: int, length: int, punch: bool) -> bool:
+        """Whether `zero` of this range is sure to be fast on every node that has to do it."""
+        punches_fast = self.store.punches_fast and (self._link is None or self._link.peer_punches_fast)
+        return extents.zeroes_fast(punches_fast, offset, length, punch)
 
     # ── writes off the loop ──────────────────────────────────────────────────────────────────────────────────
 

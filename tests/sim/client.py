@@ -7,6 +7,7 @@ import random
 from collections.abc import Coroutine, Mapping
 from typing import TYPE_CHECKING, Any
 
+from nbdserver.extents import HOLE
 from tests.sim.disk import SECTOR
 from tests.sim.loop import MachineDied
 from tests.sim.oracle import Entry, Oracle
@@ -304,4 +305,18 @@ class Workload:
                 self.answers += 1
                 self.oracle.read_done(machine, began, first, found)
 
-        self._spawn(client, request())
+        async def block_status() -> None:
+            at, found = first, []
+            with contextlib.suppress(OSError, MachineDied):
+                found = await client.export.block_status(offset, length, 3)
+            if client.end(number) is None:
+                return
+            client.reads -= 1
+            self.oracle.active_reads -= 1
+            for extent_bytes, flags in found:  # a hole is a read that has shown zeroes
+                self.answers += 1
+                if flags == HOLE:
+                    self.oracle.read_done(machine, began, at, bytes(extent_bytes))
+                at += extent_bytes // SECTOR
+
+        self._spawn(client, request() if self.requests % 4 else block_status())

@@ -307,6 +307,7 @@ class SimStore(_File):
     def __init__(self, incarnation: "Incarnation", disk: SimDisk, size_bytes: int) -> None:
         super().__init__(incarnation, disk)
         self.size_bytes = size_bytes
+        self.punches_fast = True
         # The node's own group commit, as the real store has it.
         self._commit = GroupCommit(self._flush_work)
 
@@ -359,6 +360,9 @@ class SimStore(_File):
     async def next_data(self, offset: int, end: int) -> tuple[int, int]:
         found: tuple[int, int] = await self._work(0.0001, lambda: self.disk.next_data(offset, end))
         return found
+
+    async def prefetch(self, offset: int, length: int) -> None:
+        await self._work(0.0001, lambda: None)
 
     async def flush(self) -> None:
         await self._commit.flush()

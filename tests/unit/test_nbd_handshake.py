@@ -8,6 +8,7 @@ import pytest
 from nbdserver import constants as c
 from nbdserver.export import Export
 from nbdserver.handshake import GREETING, Ended, Handshake, Opened, transmission_flags
+from nbdserver.transmission import Dialect
 
 SIZE = 5 * 1024 * 1024
 FIXED = struct.pack(">I", c.FLAG_FIXED_NEWSTYLE)
@@ -127,7 +128,7 @@ def test_export_name(shelf, flags, zeroes):
     output = handshake.feed(flags + option(c.OPT_EXPORT_NAME, b"web") + b"first request")
     web = shelf.exports["web"]
     assert output == struct.pack(">QH", SIZE, transmission_flags(web)) + bytes(zeroes)
-    assert handshake.outcome == Opened(web)
+    assert handshake.outcome == Opened(web, Dialect())
     assert handshake.rest == b"first request"
 
 
@@ -156,7 +157,7 @@ def test_list_names_everything(shelf):
     assert handshake.outcome is None
 
 
-@pytest.mark.parametrize("number", [c.OPT_LIST, c.OPT_ABORT])
+@pytest.mark.parametrize("number", [c.OPT_LIST, c.OPT_ABORT, c.OPT_STRUCTURED_REPLY])
 def test_data_where_none_belongs_is_invalid_and_haggling_goes_on(shelf, number):
     handshake = Handshake(shelf)
     assert kinds(handshake.feed(FIXED + option(number, b"x"))) == [c.REP_ERR_INVALID]
@@ -169,7 +170,7 @@ def test_abort_is_acknowledged_and_ends(shelf):
     assert isinstance(handshake.outcome, Ended)
 
 
-@pytest.mark.parametrize("number", [c.OPT_STARTTLS, c.OPT_STRUCTURED_REPLY, 4, 99, 0, 0xFFFFFFFF])
+@pytest.mark.parametrize("number", [c.OPT_STARTTLS, 4, 11, 99, 0, 0xFFFFFFFF])
 @pytest.mark.parametrize("data", [b"", b"some data"])
 def test_unknown_options_are_drained_and_unsupported(shelf, number, data):
     handshake = Handshake(shelf)
@@ -188,7 +189,7 @@ def test_go_sends_the_export_before_the_acknowledgement(shelf):
         (c.OPT_GO, c.REP_INFO, export_info),
         (c.OPT_GO, c.REP_ACK, b""),
     ]
-    assert handshake.outcome == Opened(web)
+    assert handshake.outcome == Opened(web, Dialect())
     assert handshake.rest == b"rest"
 
 
@@ -271,5 +272,7 @@ def test_too_many_options_end_the_connection(shelf):
 
 
 def test_transmission_flags(shelf):
-    assert transmission_flags(shelf.exports["web"]) == 0b1_0110_1101
-    assert transmission_flags(shelf.exports["logs"]) == 0b1_0000_1111
+    assert transmission_flags(shelf.exports["web"]) == 0b1101_0110_1101
+    assert transmission_flags(shelf.exports["logs"]) == 0b101_0000_1111
+    assert transmission_flags(shelf.exports["web"], structured_replies=True) == 0b1101_1110_1101
+    assert transmission_flags(shelf.exports["logs"], structured_replies=True) == 0b101_1000_1111

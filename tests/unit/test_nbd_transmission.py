@@ -7,7 +7,7 @@ import pytest
 
 from nbdserver import constants as c
 from nbdserver.streamed_write import MIN_PIECE_BYTES, StreamedWrite
-from nbdserver.transmission import REQUEST, reply, split_kind, validate, wire_error, write_replies
+from nbdserver.transmission import REQUEST, Dialect, reply, split_kind, validate, wire_error, write_replies
 
 SIZE = 100 * 1024 * 1024
 FUA, NO_HOLE, DF = c.CMD_FLAG_FUA, c.CMD_FLAG_NO_HOLE, c.CMD_FLAG_DF
@@ -26,6 +26,7 @@ MIB = 1024 * 1024
         (READ, 0, 2**64 - 1, 2, c.EINVAL),  # would wrap in 64 bits
         (READ, FUA, 0, 1, 0),
         (READ, DF, 0, 1, c.EINVAL),  # needs structured replies
+        (READ, FUA | NO_HOLE, 0, 1, c.EINVAL),
         (READ, 0, 0, 48 * MIB, 0),
         (READ, 0, 0, 48 * MIB + 1, c.EINVAL),
         (WRITE, 0, 0, 4096, 0),
@@ -43,29 +44,57 @@ MIB = 1024 * 1024
         (TRIM, 0, 1, SIZE, c.EINVAL),
         (ZEROES, 0, 0, SIZE, 0),
         (ZEROES, FUA | NO_HOLE, 0, 1, 0),
-        (ZEROES, c.CMD_FLAG_FAST_ZERO, 0, 1, c.EINVAL),  # not advertised
+        (ZEROES, FUA | NO_HOLE | c.CMD_FLAG_FAST_ZERO, 0, 1, 0),
+        (TRIM, c.CMD_FLAG_FAST_ZERO, 0, 1, c.EINVAL),
         (ZEROES, 0, 1, SIZE, c.ENOSPC),
         (FLUSH, 0, 0, 0, 0),
         (FLUSH, FUA, 0, 0, 0),
         (FLUSH, NO_HOLE, 0, 0, c.EINVAL),
         (FLUSH, 0, 1, 0, c.EINVAL),
         (FLUSH, 0, 0, 1, c.EINVAL),
-        (c.CMD_CACHE, 0, 0, 1, c.EINVAL),
-        (c.CMD_BLOCK_STATUS, 0, 0, 1, c.EINVAL),
+        (c.CMD_CACHE, 0, 0, 1, 0),
+        (c.CMD_CACHE, FUA, SIZE, 0, 0),
+        (c.CMD_CACHE, 0, 0, SIZE, 0),  # carries no data: any length
+        (c.CMD_CACHE, 0, 1, SIZE, c.EINVAL),
+        (c.CMD_CACHE, c.CMD_FLAG_REQ_ONE, 0, 1, c.EINVAL),
+        (c.CMD_BLOCK_STATUS, 0, 0, 1, c.EINVAL),  # no context was negotiated
         (8, 0, 0, 0, c.EINVAL),
         (65535, 0, 0, 0, c.EINVAL),
     ],
 )
 def test_validate(command, flags, offset, length, expected):
-    assert validate(command, flags, offset, length, size_bytes=SIZE, read_only=False) == expected
+    found = validate(command, flags, offset, length, size_bytes=SIZE, read_only=False, dialect=Dialect())
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "offset", "length", "expected"),
+    [
+        (READ, DF, 0, 1, 0),
+        (READ, DF | FUA, 0, 32 * MIB, 0),
+        (READ, DF, 0, 32 * MIB + 1, c.EOVERFLOW),  # over what one chunk may hold
+        (READ, DF, SIZE, 1, c.EINVAL),
+        (WRITE, DF, 0, 1, c.EINVAL),
+        (c.CMD_BLOCK_STATUS, 0, 0, 1, 0),
+        (c.CMD_BLOCK_STATUS, c.CMD_FLAG_REQ_ONE | FUA, 0, SIZE, 0),
+        (c.CMD_BLOCK_STATUS, DF, 0, 1, c.EINVAL),
+        (c.CMD_BLOCK_STATUS, 0, 0, 0, c.EINVAL),
+        (c.CMD_BLOCK_STATUS, 0, SIZE, 1, c.EINVAL),
+        (c.CMD_BLOCK_STATUS, 0, 2**64 - 1, 2, c.EINVAL),
+        (READ, c.CMD_FLAG_REQ_ONE, 0, 1, c.EINVAL),
+    ],
+)
+def test_validate_with_everything_negotiated(command, flags, offset, length, expected):
+    dialect = Dialect(structured_replies=True, base_allocation=True)
+    assert validate(command, flags, offset, length, size_bytes=SIZE, read_only=False, dialect=dialect) == expected
 
 
 @pytest.mark.parametrize(
     ("command", "expected"),
-    [(READ, 0), (FLUSH, 0), (WRITE, c.EPERM), (TRIM, c.EPERM), (ZEROES, c.EPERM), (c.CMD_CACHE, c.EINVAL)],
+    [(READ, 0), (FLUSH, 0), (WRITE, c.EPERM), (TRIM, c.EPERM), (ZEROES, c.EPERM), (c.CMD_CACHE, 0)],
 )
 def test_validate_read_only(command, expected):
-    assert validate(command, 0, 0, 0, size_bytes=SIZE, read_only=True) == expected
+    assert validate(command, 0, 0, 0, size_bytes=SIZE, read_only=True, dialect=Dialect()) == expected
 
 
 def test_only_the_protocols_error_numbers_reach_the_wire():
