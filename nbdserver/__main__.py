@@ -5,18 +5,16 @@ import asyncio
 import logging
 import os
 import signal
-import socket
 import sys
 from urllib.parse import quote
 
 import uvloop
 
+from nbdserver.activation import passed_sockets
 from nbdserver.blockfile import BlockFile, BlockFileError
 from nbdserver.constants import MAX_STRING_BYTES
 from nbdserver.file_export import FileExport
 from nbdserver.server import DEFAULT_PORT, ListenError, Server
-
-_FIRST_PASSED_FD = 3  # sd_listen_fds(3)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -75,7 +73,7 @@ async def _serve(options: argparse.Namespace) -> None:
     try:
         export = FileExport(file, name=options.export, read_only=options.read_only)
         server = Server(default=export)
-        print(f"serving {options.file} at {await _listen(server, options)}", flush=True)
+        print(f"serving {options.file} at {' and '.join(await _listen(server, options))}", flush=True)
         await stop.wait()
         for number in (signal.SIGTERM, signal.SIGINT):  # again: do not wait for clients
             loop.add_signal_handler(number, server.abort)
@@ -86,20 +84,25 @@ async def _serve(options: argparse.Namespace) -> None:
         file.close()
 
 
-async def _listen(server: Server, options: argparse.Namespace) -> str:
-    """Start listening and return the URI for clients."""
-    name = quote(options.export, safe="")
-    if os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS") == "1":
-        sock = socket.socket(fileno=_FIRST_PASSED_FD)
-        await server.listen_socket(sock)
-        if sock.family == socket.AF_UNIX:
-            return f"nbd+unix:///{name}?socket={quote(str(sock.getsockname()))}"
-        host, port = sock.getsockname()[:2]
-    elif options.unix is not None:
+async def _listen(server: Server, options: argparse.Namespace) -> list[str]:
+    """Start listening and return the URIs for clients."""
+    sockets = passed_sockets()
+    if sockets:
+        for sock in sockets:
+            await server.listen_socket(sock)
+        return [_uri(options.export, sock.getsockname()) for sock in sockets]
+    if options.unix is not None:
         await server.listen_unix(options.unix)
-        return f"nbd+unix:///{name}?socket={quote(options.unix)}"
-    else:
-        host, port = (await server.listen_tcp(*options.listen))[0]
+        return [_uri(options.export, options.unix)]
+    return [_uri(options.export, (await server.listen_tcp(*options.listen))[0])]
+
+
+def _uri(export: str, address: str | bytes | tuple[str, int]) -> str:
+    """How clients name an export at the address of a listening socket."""
+    name = quote(export, safe="")
+    if isinstance(address, str | bytes):
+        return f"nbd+unix:///{name}?socket={quote(address)}"
+    host, port = address[:2]
     return f"nbd://{f'[{host}]' if ':' in host else host}:{port}/{name}"
 
 

@@ -7,7 +7,9 @@ import logging
 import os
 import socket
 import stat
+import sys
 from collections.abc import Iterable
+from typing import Any
 
 from nbdserver.connection import Connection
 from nbdserver.export import Export
@@ -99,10 +101,11 @@ class Server:
         return True
 
     async def listen_socket(self, sock: socket.socket) -> None:
-        """Listen on a bound socket, such as one passed by systemd."""
+        """Listen on a bound socket, such as one passed by systemd; a unix socket's file stays when it is closed."""
         loop = asyncio.get_running_loop()
         if sock.family == socket.AF_UNIX:
-            listener = await loop.create_unix_server(self._connection, sock=sock)
+            keep_file: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
+            listener: asyncio.AbstractServer = await loop.create_unix_server(self._connection, sock=sock, **keep_file)
         else:
             listener = await loop.create_server(self._connection, sock=sock)
         self._listeners.append(listener)

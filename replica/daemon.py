@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import uvloop
 
+from nbdserver.activation import passed_sockets
 from nbdserver.limits import Limits
 from nbdserver.server import ListenError, Server
 from replica import config as cfg
@@ -38,23 +39,24 @@ class Daemon:
         settings = resource.local
         limits = Limits(max_connections=settings.max_nbd_connections, in_flight_bytes=settings.nbd_inflight_bytes)
         self._nbd = Server(default=self.resource.export, limits=limits)
+        #: Listening sockets that systemd has passed, in place of the configured address.
+        self._sockets: list[socket.socket] = []
         self._verbs = self._make_verbs()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop`. Raises ReplicaError when it cannot start."""
+        try:
+            self._sockets = passed_sockets()
+        except ListenError as error:
+            raise ReplicaError(str(error)) from None
         # The control socket first: its lock says that no other replicad serves this resource on this node.
         await self._control.start()
         try:
             await self.resource.start()
             try:
-                await self._listen()
+                address = await self._listen()
                 _notify_supervisor("READY=1")
-                log.info(
-                    "%s: %s is up, NBD at %s",
-                    self.resource.name,
-                    self.resource.node_name,
-                    self._cfg.local.nbd,
-                )
+                log.info("%s: %s is up, NBD at %s", self.resource.name, self.resource.node_name, address)
                 await stop.wait()
                 _notify_supervisor("STOPPING=1")
             finally:
@@ -64,15 +66,21 @@ class Daemon:
         finally:
             await self._control.stop()
 
-    async def _listen(self) -> None:
+    async def _listen(self) -> str:
+        """Listen for clients, and return where, for the log."""
         listen = self._cfg.local.nbd
         try:
+            if self._sockets:
+                for sock in self._sockets:
+                    await self._nbd.listen_socket(sock)
+                return " and ".join(f"{sock.getsockname()} (a socket passed to it)" for sock in self._sockets)
             if listen.unix_path is not None:
                 await self._nbd.listen_unix(listen.unix_path)
             else:
                 await self._nbd.listen_tcp(listen.host, listen.port)
         except ListenError as error:
             raise ReplicaError(str(error)) from None
+        return str(listen)
 
     # ── control ──────────────────────────────────────────────────────────────────────────────────────────────
 

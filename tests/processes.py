@@ -2,9 +2,12 @@
 
 import os
 import select
+import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,3 +50,27 @@ class StuckProgram:
 
     def release(self) -> None:
         self._holder.communicate()
+
+
+_PASS_ON = """
+import fcntl, os, sys
+end = sys.argv.index("--")
+count, passed, command = sys.argv[1], sys.argv[2:end], sys.argv[end + 1 :]
+for target, fd in enumerate([fcntl.fcntl(int(fd), fcntl.F_DUPFD, 100) for fd in passed], 3):
+    os.dup2(fd, target, inheritable=True)
+    os.close(fd)
+os.environ["LISTEN_PID"], os.environ["LISTEN_FDS"] = str(os.getpid()), count
+os.execv(command[0], command)
+"""
+
+
+def passing(
+    sockets: Sequence[socket.socket], command: Sequence[str], count: str | None = None
+) -> tuple[list[str], dict[str, Any]]:
+    """Command and options for Popen that run `command` (with its whole path) as systemd would, with these sockets
+    passed to it; `count`: what LISTEN_FDS says instead of their number.
+    """
+    fds = [sock.fileno() for sock in sockets]
+    said = str(len(fds)) if count is None else count
+    whole = [sys.executable, "-c", _PASS_ON, said, *map(str, fds), "--", *command]
+    return whole, {"pass_fds": fds}

@@ -19,6 +19,7 @@ from typing import Any
 
 from replica import control
 from replica.cli import main as replicactl
+from tests.processes import passing
 
 #: Longer than anything takes; only a test that has failed waits for so long.
 PATIENCE_S = float(os.environ.get("REPLICA_TEST_PATIENCE", "30"))
@@ -66,6 +67,8 @@ class Node:
         self.socket = cluster.folder / "run" / name / f"{cluster.resource}.sock"
         self.log_path = cluster.folder / f"{name}.log"
         self.process: subprocess.Popen[bytes] | None = None
+        #: Listening sockets that `replicad` gets as systemd would pass them.
+        self.passed: list[socket.socket] = []
 
     @property
     def peer(self) -> "Node":
@@ -87,7 +90,10 @@ class Node:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify, self.log_path.open("ab") as log:
             notify.bind(str(notify_path))
             environment = {**self.environment(), "NOTIFY_SOCKET": str(notify_path)}
-            self.process = subprocess.Popen(self.daemon_command(), stdout=log, stderr=log, env=environment)
+            command, options = self.daemon_command(), {}
+            if self.passed:
+                command, options = passing(self.passed, command)
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, **options)
             yield
             exit_fd = os.pidfd_open(self.process.pid)
             try:
@@ -239,6 +245,11 @@ class Node:
         return content
 
     # ── clients ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def uri(self) -> str:
+        """The export, for programs that take an NBD URI."""
+        return f"nbd+unix:///{self.cluster.resource}?socket={self.nbd_path}"
 
     @contextlib.contextmanager
     def nbd(self) -> Iterator[Any]:

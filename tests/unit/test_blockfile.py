@@ -12,6 +12,7 @@ import pytest
 from nbdserver import blockfile
 from nbdserver.blockfile import BlockFile, BlockFileError, LostWriteError
 from nbdserver.export import NO_ERRORS
+from nbdserver.extents import DATA, HOLE
 from nbdserver.file_export import FileExport
 
 MIB = 1024 * 1024
@@ -219,3 +220,44 @@ def test_file_export_reports_errors_by_index(file, monkeypatch):
     FileExport(file).write_batch(writes, outcomes.append)
     assert outcomes == [{1: 28}]
     assert file.read(0, 12288) == b"z" * 8192 + bytes(4096)
+
+
+def test_zeroing_is_known_to_be_fast_where_holes_can_be_punched(file, path):
+    before = os.stat(path)
+    assert file.punches_fast  # both file systems of these tests can
+    assert (os.stat(path).st_size, os.stat(path).st_blocks) == (before.st_size, before.st_blocks)
+
+
+def test_zeroing_is_never_fast_where_it_is_not_known(path, monkeypatch):
+    path.touch()
+    os.truncate(path, SIZE)
+    reader = BlockFile.open(path, read_only=True)
+    assert not reader.punches_fast
+    reader.close()
+
+    def unsupported(*_):
+        ctypes.set_errno(errno.EOPNOTSUPP)
+        return -1
+
+    monkeypatch.setattr(blockfile, "_fallocate", unsupported)
+    other = BlockFile.open(path)
+    assert not other.punches_fast
+    assert not FileExport(other).zeroes_fast(0, 4096, True)
+    other.close()
+
+
+def test_block_status_and_prefetch_of_a_file(file):
+    file.write_now(MIB, b"d" * MIB)
+    file.write_now(3 * MIB, b"d" * 4096)
+    export = FileExport(file)
+
+    async def look(offset, length, most):
+        await export.prefetch(offset, 2**32)
+        return await export.block_status(offset, length, most)
+
+    expected = [(MIB, HOLE), (MIB, DATA), (MIB, HOLE), (4096, DATA), (MIB - 4096, HOLE)]
+    assert asyncio.run(look(0, SIZE, 100)) == expected
+    assert asyncio.run(look(0, SIZE, 2)) == expected[:2]
+    assert asyncio.run(look(MIB + 512, 1024, 100)) == [(1024, DATA)]
+    file.zero(MIB, MIB, punch=True)
+    assert asyncio.run(look(0, 3 * MIB, 100)) == [(3 * MIB, HOLE)]
