@@ -139,7 +139,10 @@ def test_libnbd_wrong_requests(uri):
         (lambda: handle.pread(4096, 2**63 - 4096), "EINVAL"),
         (lambda: handle.trim(4096, SIZE), "EINVAL"),
         (lambda: handle.zero(4096, SIZE), "ENOSPC"),
-        (lambda: handle.cache(4096, 0), "EINVAL"),
+        (lambda: handle.cache(4096, SIZE), "EINVAL"),
+        (lambda: handle.block_status(4096, 0, lambda *_: 0), "EINVAL"),
+        (lambda: handle.pread(4096, 0, nbd.CMD_FLAG_REQ_ONE), "EINVAL"),
+        (lambda: handle.pread(33 * MIB, 0, nbd.CMD_FLAG_DF), "EOVERFLOW"),
         (lambda: handle.pwrite(b"x", 0, nbd.CMD_FLAG_NO_HOLE), "EINVAL"),
         (lambda: handle.pwrite(bytes(49 * MIB), 0), "EINVAL"),
     ):
