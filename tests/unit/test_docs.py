@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdserver import constants
 from replica import config, wire
 from replica.cli import VERBS
 from replica.hooks import DEFAULT_TIMEOUT_S, Event, environment
@@ -95,6 +96,24 @@ def test_promises_name_tests_that_exist() -> None:
         path, _, function = name.partition("::")
         assert (ROOT / path).exists(), name
         assert not function or f"def {function}(" in (ROOT / path).read_text(), name
+
+
+def test_nbd_support_names_tests_that_exist() -> None:
+    text = (DOCS / "nbd-support.md").read_text()
+    named = re.findall(r"`((?:[\w/]+/)?test_\w+\.py)(?:::(\w+))?`", text)
+    assert len(named) > 50
+    for path, function in named:
+        file = ROOT / (path if "/" in path else f"tests/unit/{path}")
+        assert file.exists(), path
+        assert not function or f"def {function}(" in file.read_text(), f"{path}::{function}"
+
+
+def test_nbd_support_has_every_number_of_the_protocol_that_the_program_knows() -> None:
+    text = (DOCS / "nbd-support.md").read_text()
+    prefixes = ("OPT_", "REP_", "INFO_", "EXPORT_", "REPLY_FLAG_", "REPLY_", "CMD_FLAG_", "CMD_", "STATE_", "FLAG_")
+    known = [name for name in vars(constants) if name.startswith((*prefixes, "E")) and name.isupper()]
+    short = {name: next((name[len(one) :] for one in prefixes if name.startswith(one)), name) for name in known}
+    assert [name for name, word in short.items() if f"`{word}`" not in text] == []
 
 
 def test_promises_name_planted_bugs_that_exist() -> None:
