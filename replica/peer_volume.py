@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from nbdserver import extents
 from nbdserver.export import NO_ERRORS, WriteDone
 from replica import wire
-from replica.bitmap import Bitmap, blocks_of
+from replica.bitmap import BLOCK_SHIFT, Bitmap, blocks_of
 from replica.link import PeerLink
 from replica.store import Store
 from replica.volume import HandedOver, Volume
@@ -235,7 +235,18 @@ class PeerVolume:
         return False
 
     async def block_status(self, offset: int, length: int, most: int) -> list[extents.Extent]:
-        """The holes of the local disk, if the resync has brought all of these blocks; else all counts as data."""
+        """The holes of the local disk, where the resync has brought these blocks; all else counts as data.
+
+        Ends where the one begins and the other ends.
+        """
+        if self._local is None:
+            return [(length, extents.DATA)]
+        first, count = blocks_of(offset, length)
+        dirty = self._local[1].next_run(first, count)
+        if dirty is not None and dirty[0] == first:
+            return [(min(offset + length, (first + dirty[1]) << BLOCK_SHIFT) - offset, extents.DATA)]
+        if dirty is not None:
+            length = min(length, (dirty[0] << BLOCK_SHIFT) - offset)
 
         async def next_data(at: int, end: int) -> tuple[int, int]:
             store = self._good_here(offset, length)

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -165,6 +166,71 @@ def test_without_a_good_disk_everything_counts_as_data(libnbd: Any, pair: Cluste
     pair.node1.ctl("attach")
     pair.node1.wait_for(lambda status: not status["volumes"][0]["through_peer"])
     assert data(pair.node1) == []
+
+
+def status(handle: Any, offset: int, length: int) -> list[tuple[int, int]]:
+    """(length, flags) of the extents in one reply."""
+    found: list[int] = []
+    handle.block_status(length, offset, lambda _context, _offset, entries, _error: found.extend(entries))
+    return list(zip(found[::2], found[1::2], strict=True))
+
+
+def test_a_disk_that_is_being_filled_is_asked_only_for_what_it_has(libnbd: Any, pair: Cluster) -> None:
+    pair.node1.write(0, b"d" * 2 * MIB)
+    pair.quiesce()
+    pair.node1.ctl("detach")
+    with connected(pair.node1, libnbd) as handle:
+        handle.trim(MIB, 0)
+        pair.node1.ctl("pause-sync")
+        pair.node1.ctl("attach")
+        pair.node1.wait_replication("PausedSyncT", "PausedSyncS")
+        handle.pread(1, 0)  # is answered once the peer serves on the new link
+        assert status(handle, 0, MIB) == [(MIB, 0)]  # a hole, but the local disk does not have it yet
+        assert status(handle, 0, 16 * MIB) == [(MIB, 0)]
+        assert status(handle, MIB // 2, 16 * MIB - MIB // 2) == [(MIB // 2, 0)]
+        assert status(handle, MIB, 3 * MIB) == [(MIB, 0), (2 * MIB, 3)]
+        assert handle.pread(2 * MIB, 0) == bytes(MIB) + b"d" * MIB
+        pair.node1.ctl("resume-sync")
+        pair.node1.wait_for(lambda status: not status["volumes"][0]["through_peer"])
+        assert status(handle, 0, 4 * MIB) == [(MIB, 3), (MIB, 0), (2 * MIB, 3)]
+
+
+@pytest.fixture
+def without_holes(short_dir: Path) -> Iterator[Path]:
+    """A folder on a file system that cannot punch holes."""
+    folder = short_dir / "ramfs"
+    folder.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "ramfs", "none", folder], check=False).returncode != 0:
+        pytest.skip("needs root, to mount a file system that cannot punch holes")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.root
+def test_fast_zero_asks_what_the_peers_disk_can(libnbd: Any, without_holes: Path, short_dir: Path) -> None:
+    with Cluster(short_dir) as pair:
+        pair.node2.image = without_holes / "node2.img"
+        pair.write_config()
+        pair.up()
+        with connected(pair.node1, libnbd) as handle:
+            handle.pwrite(b"d" * 2 * MIB, 0)
+            with pytest.raises(libnbd.Error) as caught:
+                handle.zero(MIB, 0, libnbd.CMD_FLAG_FAST_ZERO)
+            assert caught.value.errno == "ENOTSUP"
+            assert handle.pread(2 * MIB, 0) == b"d" * 2 * MIB
+            handle.zero(MIB, 0)
+            pair.node2.stop()
+            pair.node1.wait_alone()
+            handle.zero(MIB, MIB, libnbd.CMD_FLAG_FAST_ZERO)  # now it is this node's disk that counts
+            assert handle.pread(2 * MIB, 0) == bytes(2 * MIB)
+        pair.node2.start()
+        pair.wait_in_sync()
+        pair.node2.ctl("takeover")
+        assert data(pair.node2) == [(0, pair.size_bytes)]  # it cannot say where holes are
+        with connected(pair.node2, libnbd) as handle:
+            assert handle.pread(2 * MIB, 0) == bytes(2 * MIB)
+            with pytest.raises(libnbd.Error):
+                handle.zero(MIB, 0, libnbd.CMD_FLAG_FAST_ZERO)
 
 
 def test_a_socket_that_systemd_opened(libnbd: Any, cluster: Cluster) -> None:
