@@ -239,24 +239,25 @@ class PeerVolume:
 
         Ends where the one begins and the other ends.
         """
-        if self._local is None:
+        local = self._local
+        if local is None:
             return [(length, extents.DATA)]
+        store, bitmap = local
         first, count = blocks_of(offset, length)
-        dirty = self._local[1].next_run(first, count)
+        dirty = bitmap.next_run(first, count)
         if dirty is not None and dirty[0] == first:
             return [(min(offset + length, (first + dirty[1]) << BLOCK_SHIFT) - offset, extents.DATA)]
         if dirty is not None:
             length = min(length, (dirty[0] << BLOCK_SHIFT) - offset)
 
         async def next_data(at: int, end: int) -> tuple[int, int]:
-            store = self._good_here(offset, length)
-            if store is None:
-                raise OSError(errno.ESTALE, "not to be read here")
+            if self._local is not local:
+                raise OSError(errno.ESTALE, "the link was lost, or the disk")
             return await store.next_data(at, end)
 
         with contextlib.suppress(OSError):
             found = await extents.walk(next_data, offset, length, most, asyncio.get_running_loop().time)
-            if self._good_here(offset, length) is not None:
+            if self._local is local:
                 return found
         return [(length, extents.DATA)]
 

@@ -212,6 +212,14 @@ CANARIES = (
         _without_disk,
     ),
     Canary(
+        "hole-that-is-dirty",
+        "a Primary reports a hole of its own disk where the resync has not brought the data yet",
+        "replica.peer_volume:PeerVolume.block_status",
+        "dirty = bitmap.next_run(first, count)",
+        "dirty = None",
+        _without_disk,
+    ),
+    Canary(
         "asked-after-yield",
         "a Primary asks its peer to serve although it has told it to yield",
         "replica.peer_volume:PeerVolume._ask",
