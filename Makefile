@@ -27,7 +27,7 @@ SEEDS ?= 1000
 START ?= 1
 JOBS ?= 0
 
-.PHONY: help venv setup demo test lint format bench soak database power-cuts vm-setup vm-image sim sim-canaries clean
+.PHONY: help venv setup demo test lint format bench soak database power-cuts vm-setup vm-image sim sim-canaries fuzz clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
@@ -112,6 +112,13 @@ sim: venv ## the deterministic simulator: SEEDS=1000 runs from START=1, JOBS=0 (
 
 sim-canaries: venv ## how many seeds the simulator takes to find each planted bug
 	$(BIN)/python -m tests.sim --canary all --jobs $(JOBS)
+
+fuzz: SECONDS = 60
+fuzz: venv ## fuzz every parser for SECONDS=60 in all; what breaks one is kept in tests/fuzz/crashes
+	@$(BIN)/python -c 'import atheris' 2>/dev/null \
+	  || $(BIN)/python -m pip install --quiet --disable-pip-version-check '.[fuzz]' \
+	  || echo "fuzz: atheris cannot be installed here" >&2
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 clean: ## remove everything that was made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -406,4 +406,6 @@ class PeerLink(asyncio.BufferedProtocol):
 
 
 def _sentence(payload: bytes | memoryview) -> str:
-    return bytes(payload[:500]).decode("utf-8", "replace")
+    """The text of an ERROR. It may be a stranger's, and goes into logs and the status: one line, and harmless there."""
+    text = bytes(payload[:500]).decode("utf-8", "replace")
+    return "".join(character if character.isprintable() else " " for character in text).strip() or "nothing"

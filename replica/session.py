@@ -28,7 +28,7 @@ from replica.hooks import Event
 from replica.link import LinkLost, PeerLink
 from replica.mirror import Mirror
 from replica.resync import SyncSource, SyncTarget
-from replica.side_message import pack_side, unpack_ids, unpack_side
+from replica.side_message import pack_side, unpack_generations, unpack_side
 from replica.stand_in import StandIn
 from replica.states import Disk, Replication, Role
 from replica.tasks import spawn
@@ -385,9 +385,7 @@ class Session:
             await self._exchange_bitmaps()
         _, _, _, payload = await self._link.receive(wire.SYNC_START)
         start = wire.unpack_map(payload)
-        offered = Generations(
-            wire.field(start, "current", int), wire.field(start, "base", int), unpack_ids(start, "history")
-        )
+        offered = unpack_generations(start)
         if wire.field(start, "dirty", int) == 0:
             await self._take_generation(offered)
             self._link.send(wire.SYNC_READY)

@@ -5,8 +5,9 @@ from typing import Any, Final
 
 from replica import wire
 from replica.bitmap import BLOCK_SIZE
-from replica.generation import Generations, Side
+from replica.generation import HISTORY_LENGTH, MAX_ID, Generations, Side
 from replica.split_brain import Policies
+from replica.superblock import MAX_VOLUME_BYTES
 
 _FLAGS: Final = (
     "just_created",
@@ -49,19 +50,24 @@ def unpack_side(node: str, message: Any) -> Side | None:
     policies = wire.field(message, "after_split_brain", dict)
     return Side(
         node=node,
-        generations=Generations(
-            wire.field(message, "current", int), wire.field(message, "base", int), unpack_ids(message, "history")
-        ),
-        size_bytes=wire.field(message, "size_bytes", int),
-        dirty=wire.field(message, "dirty", int),
+        generations=unpack_generations(message),
+        size_bytes=_number(message, "size_bytes", 1, MAX_VOLUME_BYTES),
+        dirty=_number(message, "dirty", 0, MAX_VOLUME_BYTES // BLOCK_SIZE),
         policies=Policies(**{field.name: wire.field(policies, field.name, str) for field in fields(Policies)}),
         **{name: wire.field(message, name, bool) for name in _FLAGS},
     )
 
 
-def unpack_ids(message: dict[str, Any], name: str) -> tuple[int, ...]:
-    """The named list of generation ids. ProtocolError."""
-    values = wire.field(message, name, list)
-    if not all(isinstance(value, int) for value in values):
-        raise wire.ProtocolError(f"{name!r} must be a list of generation ids.")
-    return tuple(values)
+def unpack_generations(message: dict[str, Any]) -> Generations:
+    """The ids in a control message: such as a superblock can hold, for that is where they may go. ProtocolError."""
+    history = wire.field(message, "history", list)
+    if len(history) > HISTORY_LENGTH or not all(type(value) is int and 0 < value <= MAX_ID for value in history):
+        raise wire.ProtocolError(f"'history' must be a list of at most {HISTORY_LENGTH} generation ids.")
+    return Generations(_number(message, "current", 0, MAX_ID), _number(message, "base", 0, MAX_ID), tuple(history))
+
+
+def _number(message: dict[str, Any], name: str, least: int, most: int) -> int:
+    value: int = wire.field(message, name, int)
+    if not least <= value <= most:
+        raise wire.ProtocolError(f"a control message has {value} as {name!r}.")
+    return value
