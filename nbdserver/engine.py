@@ -15,7 +15,7 @@ from nbdserver import constants as c
 from nbdserver import slow_requests, structured
 from nbdserver.export import Export
 from nbdserver.limits import Limits
-from nbdserver.receive_buffer import ReceiveBuffer
+from nbdserver.receive_buffer import Hold, ReceiveBuffer
 from nbdserver.streamed_write import StreamedWrite
 from nbdserver.transmission import (
     PLAIN_READ,
@@ -35,6 +35,8 @@ log = logging.getLogger("nbdserver")
 
 # Larger writes are not collected as a whole but passed on in pieces while they arrive.
 WHOLE_WRITE_BYTES = 128 * 1024
+# What a write that is under way costs besides its data: the objects that stand for it, here and in the export.
+REQUEST_COST_BYTES = 512
 # Replies are collected up to this size before they are given to the transport.
 _SEND_BYTES = 512 * 1024
 
@@ -72,7 +74,7 @@ class RequestEngine:
         self._tasks: set[asyncio.Task[None]] = set()  # the loop itself keeps only weak references
         self._slow = 0  # tasks that have not answered yet
         self._under_way = 0  # batches, pieces and tasks that are not done yet
-        self._in_flight_bytes = 0
+        self._in_flight_bytes = 0  # of tasks; writes that are handed over are charged to the receive buffer
         self._parsing = False
         self._stalled = False  # input is waiting because of the limits
         self._draining = False
@@ -142,7 +144,7 @@ class RequestEngine:
         """Some replies have to get out before anything more may be executed."""
         return (
             self._write_paused
-            or self._in_flight_bytes > self._limits.in_flight_bytes
+            or self._in_flight_bytes + self._received.held_bytes > self._limits.in_flight_bytes
             or self._slow >= self._limits.slow_requests
         )
 
@@ -196,7 +198,7 @@ class RequestEngine:
         more = is_other = False
         while end - position >= REQUEST_BYTES:
             kind, cookie, offset, length = unpack_from(memory, position)
-            if kind == PLAIN_WRITE and length <= WHOLE_WRITE_BYTES and offset + length <= writable_bytes:
+            if kind == PLAIN_WRITE and 0 < length <= WHOLE_WRITE_BYTES and offset + length <= writable_bytes:
                 data_at = position + REQUEST_BYTES
                 stop = data_at + length
                 if stop > end:
@@ -268,6 +270,10 @@ class RequestEngine:
     def _take_write(self, cookie: bytes, offset: int, length: int, fua: bool, error: int) -> bool:
         """Take a write that is durable, large, empty or rejected. False: its data has to arrive first."""
         received = self._received
+        if not length:  # no storage has to know what that would mean
+            received.start += REQUEST_BYTES
+            self._send(reply(cookie, error))
+            return True
         if error or length > WHOLE_WRITE_BYTES:
             received.start += REQUEST_BYTES
             self._stream = StreamedWrite(cookie, offset, length, fua=fua, error=error)
@@ -295,7 +301,9 @@ class RequestEngine:
         if length and not stream.error:
             stream.outstanding += 1
             piece = (offset, received.view[start : start + length])
-            self._hand_over([piece], length, partial(self._piece_done, stream, length))
+            charge = length + REQUEST_COST_BYTES
+            hold = received.hold(charge)
+            self._hand_over([piece], hold, charge, partial(self._piece_done, stream, hold, charge))
         elif stream.is_complete:
             self._finish_stream(stream)
         return True
@@ -327,30 +335,35 @@ class RequestEngine:
         return False
 
     def _submit(self, writes: list[tuple[int, memoryview]], cookies: list[bytes]) -> None:
-        length = sum([len(data) for _, data in writes])
-        self._hand_over(writes, length, partial(self._writes_done, cookies, length))
+        charge = sum([len(data) for _, data in writes]) + REQUEST_COST_BYTES * len(writes)
+        hold = self._received.hold(charge)
+        self._hand_over(writes, hold, charge, partial(self._writes_done, cookies, hold, charge))
 
     def _hand_over(
-        self, writes: list[tuple[int, memoryview]], length: int, done: Callable[[Mapping[int, int]], None]
+        self,
+        writes: list[tuple[int, memoryview]],
+        hold: Hold,
+        charge: int,
+        done: Callable[[Mapping[int, int]], None],
     ) -> None:
         self._under_way += 1
-        self._in_flight_bytes += length
         try:
             if self._export.write_batch(writes, done):
                 self._received.pinned = True
         except Exception:  # against the contract: nobody will call `done`, and nobody may wait for it
             self._under_way -= 1
+            self._received.release(hold, charge)
             raise
 
-    def _writes_done(self, cookies: list[bytes], length: int, errors: Mapping[int, int]) -> None:
+    def _writes_done(self, cookies: list[bytes], hold: Hold, charge: int, errors: Mapping[int, int]) -> None:
         self._under_way -= 1
-        self._in_flight_bytes -= length
+        self._received.release(hold, charge)
         self._send(write_replies(cookies, errors))
         self._progress()
 
-    def _piece_done(self, stream: StreamedWrite, length: int, errors: Mapping[int, int]) -> None:
+    def _piece_done(self, stream: StreamedWrite, hold: Hold, charge: int, errors: Mapping[int, int]) -> None:
         self._under_way -= 1
-        self._in_flight_bytes -= length
+        self._received.release(hold, charge)
         stream.piece_done(errors)
         if stream.is_complete:
             self._finish_stream(stream)

@@ -5,22 +5,62 @@ _MIN_ROOM_BYTES = 64 * 1024
 _CHEAP_MOVE_BYTES = 8 * 1024
 
 
+class Hold:
+    """Slices of one piece of memory that are under way: how many holders, and what they are charged, in bytes."""
+
+    __slots__ = ("charged_bytes", "holders", "is_full")
+
+    def __init__(self) -> None:
+        self.holders = 0
+        self.charged_bytes = 0
+        self.is_full = False  # nothing more is received into this memory
+
+
 class ReceiveBuffer:
     """Bytes [start, end) of `view` are received and not parsed yet.
 
     Parsed requests are handed on as slices of `view`, without a copy. Whoever keeps such a slice sets
     `pinned`: from then on nothing before `end` is overwritten, new input goes behind it, and when the room
     there is used up the memory is left to those who still hold slices of it.
+
+    `held_bytes` is what that costs: as long as input is received into a piece of memory, what its holders are charged;
+    from then on all of it, until the last of them lets go. Otherwise a client could make one byte keep half a MiB.
     """
 
-    __slots__ = ("end", "memory", "pinned", "start", "view")
+    __slots__ = ("_hold", "end", "held_bytes", "memory", "pinned", "start", "view")
 
     def __init__(self) -> None:
         self.start = 0
         self.end = 0
+        self.held_bytes = 0
+        self._hold = Hold()
         self._renew()
 
+    def hold(self, charge_bytes: int) -> Hold:
+        """Somebody takes slices of what was received; to be given back to `release`, with the same charge."""
+        hold = self._hold
+        hold.holders += 1
+        hold.charged_bytes += charge_bytes
+        self.held_bytes += charge_bytes
+        return hold
+
+    def release(self, hold: Hold, charge_bytes: int) -> None:
+        """One who held slices is done with them."""
+        hold.holders -= 1
+        if hold.is_full:
+            if not hold.holders:
+                self.held_bytes -= hold.charged_bytes
+        else:
+            hold.charged_bytes -= charge_bytes
+            self.held_bytes -= charge_bytes
+
     def _renew(self) -> None:
+        old = self._hold
+        if old.holders:
+            whole_bytes = max(old.charged_bytes, RECEIVE_BUFFER_BYTES)
+            self.held_bytes += whole_bytes - old.charged_bytes
+            old.charged_bytes, old.is_full = whole_bytes, True
+            self._hold = Hold()
         self.memory = bytearray(RECEIVE_BUFFER_BYTES)
         self.view = memoryview(self.memory)
         self.pinned = False
