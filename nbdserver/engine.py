@@ -39,6 +39,8 @@ WHOLE_WRITE_BYTES = 128 * 1024
 REQUEST_COST_BYTES = 512
 # Replies are collected up to this size before they are given to the transport.
 _SEND_BYTES = 512 * 1024
+# Of less than that on average (the header is one, its data another) they are sent as one piece.
+_SMALL_REPLY_BYTES = 256
 
 
 class RequestEngine:
@@ -180,7 +182,11 @@ class RequestEngine:
 
     def _send_output(self) -> None:
         if self._connected:
-            self._transport.writelines(self._output)
+            if self._output_bytes < len(self._output) * _SMALL_REPLY_BYTES:
+                # As objects of their own, replies that wait for the client would take ten times their size.
+                self._transport.write(b"".join(self._output))
+            else:
+                self._transport.writelines(self._output)
         self._output = []
         self._output_bytes = 0
 

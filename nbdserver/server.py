@@ -14,10 +14,14 @@ from typing import Any
 from nbdserver.connection import Connection
 from nbdserver.export import Export
 from nbdserver.limits import Limits
+from nbdserver.log_limit import FewAlike
 
 log = logging.getLogger("nbdserver")
+log.addFilter(FewAlike())
 
 DEFAULT_PORT = 10809
+# Connections that the kernel keeps until they are accepted: with few, a crowd delays everybody else by seconds.
+_BACKLOG = 1024
 
 
 class ListenError(Exception):
@@ -35,7 +39,7 @@ class Server:
     ) -> None:
         self.limits = limits or Limits()
         self.default = default
-        self.connections: set[Connection] = set()
+        self.connections: dict[Connection, None] = {}  # a set in the order of their coming
         self._exports = {export.name: export for export in exports}
         if default is not None:
             self._exports.setdefault(default.name, default)
@@ -71,7 +75,7 @@ class Server:
     async def listen_tcp(self, host: str, port: int) -> list[tuple[str, int]]:
         """Listen; returns the addresses (port 0 takes a free port). Raises ListenError."""
         try:
-            listener = await asyncio.get_running_loop().create_server(self._connection, host, port, backlog=128)
+            listener = await asyncio.get_running_loop().create_server(self._connection, host, port, backlog=_BACKLOG)
         except (OSError, OverflowError) as error:
             raise ListenError(_tcp_sentence(host, port, error)) from None
         self._listeners.append(listener)
@@ -129,14 +133,25 @@ class Server:
     def admit(self, connection: Connection) -> bool:
         if self._stopping:
             return False
-        if len(self.connections) >= self.limits.max_connections:
+        if len(self.connections) >= self.limits.max_connections and not self._make_room():
             log.warning("refusing %s: there are %d clients already", connection.peer_name, len(self.connections))
             return False
-        self.connections.add(connection)
+        self.connections[connection] = None
         return True
 
+    def _make_room(self) -> bool:
+        """Drop the oldest connection that is still in the handshake: who only connects must not keep clients out, who
+        need a few milliseconds for it.
+        """
+        for connection in self.connections:
+            if not connection.is_open:
+                del self.connections[connection]
+                connection.abort()
+                return True
+        return False
+
     def finished(self, connection: Connection) -> None:
-        self.connections.discard(connection)
+        self.connections.pop(connection, None)
 
     # ---- the end
 

@@ -20,7 +20,7 @@ from replica.tasks import spawn
 
 log = logging.getLogger("replica.link")
 
-#: Connections that have not proven themselves yet; more are turned away.
+#: Connections that have not proven themselves yet; more are not kept.
 MAX_GREETINGS: Final = 8
 DIAL_TIMEOUT_S: Final = 5.0
 
@@ -57,7 +57,7 @@ class Connector:
         self._failed = failed
         self._listener: Listener | None = None
         self._dialing: asyncio.Task[None] | None = None
-        self._greeting: set[PeerLink] = set()
+        self._greeting: dict[PeerLink, None] = {}  # a set in the order of their coming
         self._link: PeerLink | None = None
         self._idle = asyncio.Event()
         self._stand_alone = True
@@ -100,7 +100,7 @@ class Connector:
 
     def link_opened(self, link: PeerLink) -> None:
         """A connection has proven itself."""
-        self._greeting.discard(link)
+        self._greeting.pop(link, None)
         if self._link is not None:
             self._link.close("the peer made a newer connection.")
         # Not before: a link on which this node was about to go StandAlone makes it do so as it ends.
@@ -112,7 +112,7 @@ class Connector:
 
     def link_closed(self, link: PeerLink, reason: str) -> None:
         """A connection has ended, proven or not."""
-        self._greeting.discard(link)
+        self._greeting.pop(link, None)
         if link is self._link:
             self._link = None
             self._closed(link, reason)
@@ -134,9 +134,13 @@ class Connector:
 
     def _new_link(self) -> asyncio.BaseProtocol:
         if len(self._greeting) >= MAX_GREETINGS:
-            return _TurnedAway()
+            # The oldest gives way: who only connects must not keep the peer out, who needs a few milliseconds for it.
+            oldest = next(iter(self._greeting))
+            if not oldest.connected:
+                return _TurnedAway()
+            oldest.close("others connected before it had proven that it knows the cluster's secret.")
         link = PeerLink(self._settings, self, self._runtime.random_bytes(NONCE_BYTES), dialer=self._endpoints.dialer)
-        self._greeting.add(link)
+        self._greeting[link] = None
         return link
 
     async def _dial(self) -> None:
@@ -166,13 +170,13 @@ class Connector:
             async with asyncio.timeout(DIAL_TIMEOUT_S):
                 await self._runtime.dial(host, port, self._endpoints.local_host, lambda: link)
         except (OSError, TimeoutError, ReplicaError) as error:
-            self._greeting.discard(link)
+            self._greeting.pop(link, None)
             words = getattr(error, "strerror", None) or str(error) or "no answer"
             self._complain(f"cannot reach {self._settings.identity.peer} at {host}:{port} ({words}).")
             return 0.0
         except asyncio.CancelledError:
             # Or it would count as a greeting under way for ever.
-            self._greeting.discard(link)
+            self._greeting.pop(link, None)
             raise
         began_s = loop.time()
         while not link.closed:

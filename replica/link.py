@@ -25,6 +25,8 @@ RECEIVE_BUFFER_BYTES: Final = 2 * (wire.MAX_PAYLOAD_BYTES + wire.HEADER_BYTES)
 #: At most so much per receive: what was just received is still in the core's cache when it is written to the store,
 #: and the peer's next frames arrive meanwhile (measured: half as fast again as with 512 KiB for 1 MiB writes).
 RECEIVE_BYTES: Final = 64 << 10
+#: Room for two frames of a greeting.
+_GREETING_BUFFER_BYTES: Final = 2 * (wire.MAX_GREETING_BYTES + wire.HEADER_BYTES)
 GREETING_TIMEOUT_S: Final = 5.0
 
 #: (flags, sequence, offset, payload); the payload is only valid during the call.
@@ -63,8 +65,8 @@ class PeerLink(asyncio.BufferedProtocol):
         self._dialer = dialer
         self._hello = auth.hello(settings.identity, nonce)
         self._peer_hello = b""
-        self._buffer = bytearray(RECEIVE_BUFFER_BYTES)
-        self._view = memoryview(self._buffer)
+        # Little until it is open: strangers come in crowds.
+        self._view = memoryview(bytearray(_GREETING_BUFFER_BYTES))
         self._start = 0
         self._end = 0
         self._phase: Callable[[int, bytes], None] | None = self._greet_hello
@@ -77,6 +79,7 @@ class PeerLink(asyncio.BufferedProtocol):
         self._requests: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._request_number = 0
         self._transport: asyncio.Transport
+        self.connected = False
         self.open = False
         self.closed = False
         #: It was not lost: this node ended it, or either did so to negotiate anew.
@@ -196,6 +199,7 @@ class PeerLink(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        self.connected = True
         # Everything is written at once, not at the end of the loop's round: the peer works while we write locally.
         self._transport.set_write_buffer_limits(high=0)
         self._timer = asyncio.get_running_loop().call_later(GREETING_TIMEOUT_S, self._greeting_timed_out)
@@ -338,6 +342,10 @@ class PeerLink(asyncio.BufferedProtocol):
         hellos = (self._hello, self._peer_hello) if self._dialer else (self._peer_hello, self._hello)
         self.session = auth.session_id(self._settings.secret, dialer_hello=hellos[0], accepter_hello=hellos[1])
         self._phase = None
+        rest = self._view[self._start : self._end]
+        self._view = memoryview(bytearray(RECEIVE_BUFFER_BYTES))
+        self._view[: len(rest)] = rest
+        self._start, self._end = 0, len(rest)
         self.open = True
         self._watch()
         self._owner.link_opened(self)

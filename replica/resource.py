@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 from nbdserver.blockfile import LostWriteError
+from nbdserver.log_limit import FewAlike
 from replica import auth, wire
 from replica import config as cfg
 from replica.connector import Connector, Endpoints
@@ -30,6 +31,9 @@ from replica.verbs import Verbs
 from replica.volume import Volume, VolumeSettings
 
 log = logging.getLogger("replica.resource")
+#: What anybody can cause who reaches the peer port.
+_complaints = logging.getLogger("replica.resource.complaints")
+_complaints.addFilter(FewAlike())
 
 
 class Resource:
@@ -467,7 +471,7 @@ class Resource:
     def _link_failed(self, reason: str) -> None:
         if self._complaint != reason:  # the same again and again is one line in the log
             self._complaint = reason
-            log.warning("%s: %s", self.name, reason)
+            _complaints.warning("%s: %s", self.name, reason)
             if self.state.connection is not Connection.CONNECTED:  # else it was a stranger, and the peer is well
                 self.state.change(last_error=reason)
 

@@ -11,7 +11,7 @@ import pytest
 
 from replica import wire
 from tests.cluster.cluster import PATIENCE_S, Cluster
-from tests.cluster.peers import FakePeer, dial, read_to_end
+from tests.cluster.peers import FakePeer, Proxy, dial, read_to_end
 
 MEMORY_BYTES = 64 << 20  # far more than a few connections need, far less than what they offered
 
@@ -73,7 +73,7 @@ def test_many_idle_connections_do_not_disturb_the_link(pair: Cluster) -> None:
     before = pair.node2.resident_bytes()
     with contextlib.ExitStack() as stack:
         strangers = [stack.enter_context(dial(pair)) for _ in range(100)]
-        # Most are turned away at once: 8 may take their time.
+        # The oldest make room at once: 8 may take their time.
         ends = [stranger for stranger in strangers if _ended(stranger, 0.0) or _ended(stranger, 1.0)]
         assert len(ends) >= 90
         still_in_step(pair)
@@ -90,14 +90,84 @@ def test_many_idle_connections_do_not_disturb_the_link(pair: Cluster) -> None:
 
 
 def _ended(connection: socket.socket, patience_s: float) -> bool:
-    """Whether the other end has closed it unread (and not greeted us)."""
-    ready, _, _ = select.select([connection], [], [], patience_s)
-    if not ready:
-        return False
+    """Whether the other end has closed it, after its HELLO or without one."""
     try:
-        return connection.recv(1, socket.MSG_PEEK) == b""
+        while select.select([connection], [], [], patience_s)[0]:
+            if connection.recv(4096) == b"":
+                return True
     except ConnectionError:
         return True
+    return False
+
+
+def test_idle_strangers_do_not_keep_the_peer_out(pair: Cluster) -> None:
+    """They take every place there is for those who have not proven themselves; the peer comes back all the same."""
+    with contextlib.ExitStack() as stack:
+        pair.node1.kill9()
+        pair.node2.wait_alone()
+        for _ in range(40):
+            stack.enter_context(dial(pair))
+        pair.node1.start()
+        pair.wait_in_sync()
+    pair.node1.ctl("promote")
+    pair.node1.write(0, b"p" * 4096)
+    pair.quiesce().check_identical()
+
+
+def test_a_recorded_handshake_does_not_open_a_link(pair: Cluster) -> None:
+    """What the real peer once sent, HELLO, proof and frames, sent again: node2's nonce is another one now."""
+    recorded = bytearray()
+
+    def record(data: bytes) -> bytes:
+        recorded.extend(data)
+        return data
+
+    with Proxy(("127.0.0.2", pair.port)) as proxy:
+        proxy.spoil = record
+        pair.node1.stop()
+        pair.write_config(pair.node1, port=str(proxy.port))
+        pair.node1.start()
+        pair.wait_in_sync()
+        pair.node1.ctl("promote")
+        pair.node1.write(0, b"r" * 4096)
+        before = pair.node2.log().count("connected to")
+        for _ in range(3):
+            with dial(pair) as stranger:
+                with contextlib.suppress(ConnectionError):
+                    stranger.sendall(recorded)
+                received = read_to_end(stranger)
+            assert received.startswith(bytes([wire.HELLO]))
+            assert b"different cluster secrets" in received
+        assert pair.node2.log().count("connected to") == before
+        assert pair.node1.wait_in_sync()["role"] == "Primary"
+        pair.quiesce().check_identical()
+
+
+def test_what_a_stranger_says_is_one_harmless_line(pair: Cluster) -> None:
+    """In the log, and in the status of a node whose peer is away, which an operator reads on a terminal."""
+    pair.node1.kill9()
+    pair.node2.wait_alone()
+    words = b"all is well\r\nr0: promoted\x1b[2J\x07" + b"x" * 100_000
+    with dial(pair) as stranger:
+        stranger.sendall(wire.pack(wire.ERROR, words[:4000]))
+        read_to_end(stranger)
+    said = pair.node2.wait_for(lambda status: "all is well" in status["last_error"])["last_error"]
+    assert said.isprintable()
+    assert len(said) < 600
+    assert "\x1b" not in pair.node2.log()
+    assert "\nr0: promoted" not in pair.node2.log()
+
+
+def test_a_crowd_of_strangers_fills_neither_log_nor_memory(pair: Cluster) -> None:
+    before = len(pair.node2.log())
+    before_bytes = pair.node2.resident_bytes()
+    for number in range(300):
+        with dial(pair) as stranger:
+            stranger.sendall(wire.pack(wire.ERROR, f"stranger {number}".encode()))
+            read_to_end(stranger)
+    assert pair.node2.resident_bytes() - before_bytes < MEMORY_BYTES
+    assert len(pair.node2.log()) - before < 10_000
+    still_in_step(pair)
 
 
 def test_a_stranger_without_the_secret_does_not_take_the_place_of_the_peer(pair: Cluster) -> None:
