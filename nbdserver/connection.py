@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol, cast
 
+from nbdserver.client_identity import Claimant, ClientIdentity, fence
 from nbdserver.engine import RequestEngine
 from nbdserver.export import Export
 from nbdserver.handshake import GREETING, Directory, Handshake, Opened
@@ -18,6 +19,8 @@ log = logging.getLogger("nbdserver")
 class Owner(Directory, Protocol):
     """The server, as a connection sees it."""
 
+    @property
+    def claimants(self) -> Iterable[Claimant]: ...
     def admit(self, connection: "Connection") -> bool: ...
     def finished(self, connection: "Connection") -> None: ...
 
@@ -31,6 +34,8 @@ class Connection(asyncio.BufferedProtocol):
     def __init__(self, owner: Owner, limits: Limits) -> None:
         self.peer_name = "a client"
         self.closed = asyncio.Event()
+        self.identity: ClientIdentity | None = None
+        self._claiming: asyncio.Task[None] | None = None
         self._owner = owner
         self._limits = limits
         self._loop = asyncio.get_running_loop()
@@ -87,6 +92,8 @@ class Connection(asyncio.BufferedProtocol):
         self._is_lost = True
         for timer in self._timers:
             timer.cancel()
+        if self._claiming is not None:
+            self._claiming.cancel()
         if self._engine is None:
             self._finish()
         else:
@@ -117,6 +124,14 @@ class Connection(asyncio.BufferedProtocol):
         """See ExportClient."""
         self._transport.abort()
 
+    def revoke(self) -> None:
+        """See `client_identity.Claimant`."""
+        log.info("dropping %s: its client has replaced this connection", self.peer_name)
+        self._handshake = None
+        if self._engine is not None:
+            self._engine.stop()
+        self.abort()
+
     # ---- handshake
 
     def _handshake_timed_out(self) -> None:
@@ -131,19 +146,33 @@ class Connection(asyncio.BufferedProtocol):
         received.clear()
         if handshake is None:  # it is being closed
             return
-        output = handshake.feed(data)
+        self._go_on(handshake, handshake.feed(data))
+
+    def _go_on(self, handshake: Handshake, output: bytes) -> None:
         if output:
             self._transport.write(output)
+        if handshake.claim is not None:
+            self._transport.pause_reading()
+            self._claiming = self._loop.create_task(self._claim(handshake, handshake.claim))
+            return
         outcome = handshake.outcome
         if outcome is None:
             return
         self._handshake = None
         if isinstance(outcome, Opened):
-            received.put_back(handshake.rest)
+            self._received.put_back(handshake.rest)
             self._open(outcome)
         else:
             log.info("closing the connection of %s: %s", self.peer_name, outcome.reason)
             self._close()
+
+    async def _claim(self, handshake: Handshake, identity: ClientIdentity) -> None:
+        self.identity = identity
+        refusal = await fence(identity, self._owner.claimants)
+        self._claiming = None
+        if self._handshake is handshake and not self._transport.is_closing():
+            self._transport.resume_reading()
+            self._go_on(handshake, handshake.claimed(refusal))
 
     def _open(self, opened: Opened) -> None:
         export = opened.export

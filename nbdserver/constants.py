@@ -17,6 +17,7 @@ OPT_GO = 7
 OPT_STRUCTURED_REPLY = 8
 OPT_LIST_META_CONTEXT = 9
 OPT_SET_META_CONTEXT = 10
+OPT_CLAIM = 0x5250_4C01  # this server's own: see client_identity
 
 REP_ACK = 1
 REP_SERVER = 2

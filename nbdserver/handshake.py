@@ -10,6 +10,7 @@ from typing import Protocol
 
 from nbdserver import constants as c
 from nbdserver import meta_context
+from nbdserver.client_identity import ClientIdentity
 from nbdserver.export import Export
 from nbdserver.transmission import Dialect
 
@@ -84,6 +85,8 @@ class Handshake:
 
     def __init__(self, directory: Directory) -> None:
         self.outcome: Outcome | None = None
+        #: A claim that waits for `claimed`; nothing more is taken from the input meanwhile.
+        self.claim: ClientIdentity | None = None
         self._directory = directory
         self._input = bytearray()
         self._output: list[bytes] = []
@@ -101,6 +104,7 @@ class Handshake:
             c.OPT_STRUCTURED_REPLY: self._on_structured_reply,
             c.OPT_LIST_META_CONTEXT: self._on_list_meta_context,
             c.OPT_SET_META_CONTEXT: self._on_set_meta_context,
+            c.OPT_CLAIM: self._on_claim,
         }
 
     @property
@@ -110,7 +114,7 @@ class Handshake:
     def feed(self, data: bytes | memoryview) -> bytes:
         """Take what was received, in whatever pieces, and return what has to be sent."""
         self._input += data
-        while self.outcome is None and self._step():
+        while self.outcome is None and self.claim is None and self._step():
             pass
         output = b"".join(self._output)
         self._output.clear()
@@ -198,6 +202,21 @@ class Handshake:
     def _on_go(self, data: bytes) -> None:
         export = self._describe(c.OPT_GO, data)
         self.outcome = Opened(export, self._negotiated.dialect(export))
+
+    def _on_claim(self, data: bytes) -> None:
+        try:
+            self.claim = ClientIdentity.unpack(data)
+        except ValueError as error:
+            raise _OptionError(c.REP_ERR_INVALID, str(error)) from None
+
+    def claimed(self, refusal: str | None) -> bytes:
+        """The claim was granted, or refused with this sentence; goes on, and returns what has to be sent."""
+        self.claim = None
+        if refusal is None:
+            self._reply(c.OPT_CLAIM, c.REP_ACK)
+        else:
+            self._reply(c.OPT_CLAIM, c.REP_ERR_POLICY, _cut(refusal))
+        return self.feed(b"")
 
     def _describe(self, option: int, data: bytes) -> Export:
         name, wanted = _parse_info(data)

@@ -130,6 +130,10 @@ class Server:
     def _connection(self) -> Connection:
         return Connection(self, self.limits)
 
+    @property
+    def claimants(self) -> Iterable[Connection]:
+        return self.connections
+
     def admit(self, connection: Connection) -> bool:
         if self._stopping:
             return False
