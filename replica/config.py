@@ -88,6 +88,8 @@ class Config:
     node: Node
     peer: Node
     resources: Mapping[str, Resource]
+    #: Whether this machine is `node`. It is not where only a client runs, and `node` is then one of the two.
+    is_member: bool = True
 
     def resource(self, name: str | None = None) -> Resource:
         """The resource ``name``, or the only one when ``name`` is None; raises `ConfigError`."""
@@ -113,6 +115,11 @@ class Config:
 
     def control_socket(self, resource: str) -> Path:
         return self.node_run_dir / f"{resource}.sock"
+
+    @property
+    def map_run_dir(self) -> Path:
+        """Of the agents of kernel devices, which belong to this machine and to no node."""
+        return self.cluster.run_dir / "map"
 
 
 class _Setting(NamedTuple):
@@ -148,18 +155,26 @@ _RESOURCE_KEYS: dict[str, _Setting] = {
 }
 
 
-def load_config(path: str | Path | None = None, node: str | None = None, *, need_secret: bool = True) -> Config:
+def load_config(
+    path: str | Path | None = None,
+    node: str | None = None,
+    *,
+    need_secret: bool = True,
+    may_be_client: bool = False,
+) -> Config:
     """Read the file as ``node`` sees it; raises `ConfigError`.
 
     ``path`` defaults to ``$REPLICA_CONFIG`` or /etc/replica/replica.toml, ``node`` to ``$REPLICA_NODE`` or
     the name of this machine. With ``need_secret=False`` the secret file is not looked at (for commands that
-    only talk to a daemon), and ``cluster.secret`` is empty.
+    only talk to a daemon), and ``cluster.secret`` is empty. With ``may_be_client=True`` this machine need not be a
+    node, see `Config.is_member`.
     """
     file = ConfigFile(Path(path or os.environ.get("REPLICA_CONFIG") or DEFAULT_PATH).absolute())
     top = file.table((), file.document)
     top.check_keys(("cluster", "node", "resource", "hooks"), reserved=_RESERVED_SECTIONS)
     nodes = _read_nodes(file, top)
-    here = _this_node(file, node, nodes)
+    is_member = not may_be_client or _node_name(node) in nodes or node is not None
+    here = _this_node(file, node, nodes) if is_member else next(iter(nodes.values()))
     (peer,) = (other for other in nodes.values() if other is not here)
     wanted = "describe at least one resource in [resource.NAME]"
     table = top.subtable("resource", wanted)
@@ -169,7 +184,7 @@ def load_config(path: str | Path | None = None, node: str | None = None, *, need
         raise file.error(("resource",), f"is empty: {wanted}")
     _check_clashes(file, resources)
     cluster = _read_cluster(top.subtable("cluster", "name the cluster and its secret-file"), need_secret)
-    return Config(file.path, cluster, here, peer, resources)
+    return Config(file.path, cluster, here, peer, resources, is_member)
 
 
 def _read_nodes(file: ConfigFile, top: Table) -> dict[str, Node]:
@@ -187,13 +202,17 @@ def _read_nodes(file: ConfigFile, top: Table) -> dict[str, Node]:
 
 
 def _this_node(file: ConfigFile, name: str | None, nodes: dict[str, Node]) -> Node:
-    wanted = name or os.environ.get("REPLICA_NODE") or os.uname().nodename
+    wanted = _node_name(name)
     if wanted not in nodes:
         raise ConfigError(
             f"{file.path}: there is no [node.{wanted}] (it has {', '.join(nodes)}): "
             "say which node this is with --node or $REPLICA_NODE"
         )
     return nodes[wanted]
+
+
+def _node_name(name: str | None) -> str:
+    return name or os.environ.get("REPLICA_NODE") or os.uname().nodename
 
 
 def _read_cluster(table: Table, need_secret: bool) -> Cluster:

@@ -55,10 +55,10 @@ class Daemon:
             await self.resource.start()
             try:
                 address = await self._listen()
-                _notify_supervisor("READY=1")
+                notify_supervisor("READY=1")
                 log.info("%s: %s is up, NBD at %s", self.resource.name, self.resource.node_name, address)
                 await stop.wait()
-                _notify_supervisor("STOPPING=1")
+                notify_supervisor("STOPPING=1")
             finally:
                 self._nbd.close_listeners()
                 await self.resource.stop()
@@ -128,7 +128,7 @@ class Daemon:
                         await changed.wait()
 
 
-def _notify_supervisor(message: str) -> None:
+def notify_supervisor(message: str) -> None:
     """Tell systemd (sd_notify(3)); nothing when it did not start us."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:

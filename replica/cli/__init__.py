@@ -26,6 +26,8 @@ VERBS = (
     "outdate",
     "pause-sync",
     "resume-sync",
+    "map",
+    "unmap",
     "wait-connect",
     "wait-sync",
     "role",

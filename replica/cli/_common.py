@@ -25,9 +25,9 @@ def add_resource(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("resource", metavar="RESOURCE", nargs="?", help="may be left out where only one is configured")
 
 
-def load(args: argparse.Namespace) -> Config:
+def load(args: argparse.Namespace, *, may_be_client: bool = False) -> Config:
     """The configuration, without the secret: no command needs that, and status must work when it is wrong."""
-    return load_config(args.config, args.node, need_secret=False)
+    return load_config(args.config, args.node, need_secret=False, may_be_client=may_be_client)
 
 
 def load_resource(args: argparse.Namespace) -> tuple[Config, Resource]:

@@ -15,7 +15,7 @@ class _Reached(Exception):
 
 def add_wait_arguments(parser: argparse.ArgumentParser) -> None:
     add_resource(parser)
-    parser.add_argument("--timeout", metavar="S", type=_positive_seconds, help="give up after S seconds")
+    parser.add_argument("--timeout", metavar="S", type=positive_seconds, help="give up after S seconds")
 
 
 def wait_until(args: argparse.Namespace, wanted: str, reached: Callable[[dict[str, Any]], bool]) -> int:
@@ -53,7 +53,8 @@ def _because(status: dict[str, Any]) -> str:
     return f" ({status['last_error']})" if status.get("last_error") else ""
 
 
-def _positive_seconds(text: str) -> float:
+def positive_seconds(text: str) -> float:
+    """An argument of the command line."""
     try:
         seconds = float(text)
     except ValueError:

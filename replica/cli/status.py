@@ -12,6 +12,7 @@ from typing import Any
 
 from replica import control
 from replica.cli._common import PROGRAM, Command, add_resource, load
+from replica.cli._kernel_device import ask_all, device_text
 from replica.cli._status_text import status_lines
 from replica.config import Config
 from replica.errors import ReplicaError
@@ -47,6 +48,9 @@ def _print_once(config: Config, names: list[str], as_json: bool) -> int:
     else:
         for status in running:
             print("\n".join(status_lines(status)))
+        for device in ask_all(config):
+            if device["resource"] in names:
+                print(f"  {device_text(device)}")
     for name, report in reports.items():
         if isinstance(report, ReplicaError):
             print(f"{PROGRAM}: {name} {config.node.name}: {report}", file=sys.stderr)

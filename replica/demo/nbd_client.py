@@ -1,6 +1,6 @@
 """A small pipelined NBD client: fixed newstyle, one export, a Unix socket, simple replies.
 
-Source: NetworkBlockDevice/nbd, doc/proto.md, "Newstyle negotiation" and "Transmission phase".
+Source: NetworkBlockDevice/nbd, doc/proto.md, "Transmission phase".
 """
 
 import socket
@@ -9,26 +9,14 @@ from struct import Struct
 from typing import NamedTuple, Self
 
 from nbdserver import constants as c
+from replica.nbd_handshake import NbdLost, NbdRefused, Shaker
 
-_GREETING = Struct(">QQH")
-_CLIENT_FLAGS = Struct(">I")
-_OPTION = Struct(">QII")
-_OPTION_REPLY = Struct(">QIII")
-_GO_NAME_LENGTH = Struct(">I")
-_GO_INFO_COUNT = Struct(">H")
-_INFO_EXPORT = Struct(">HQH")
+__all__ = ["NbdClient", "NbdLost", "NbdRefused", "Reply"]
+
 _REQUEST = Struct(">IHHQQI")
 _REPLY = Struct(">IIQ")
 
 _RECEIVE_BYTES = 1 << 18
-
-
-class NbdRefused(Exception):
-    """The server does not open the export now; its sentence is the message."""
-
-
-class NbdLost(Exception):
-    """The connection ended."""
 
 
 class Reply(NamedTuple):
@@ -63,7 +51,11 @@ class NbdClient:
         try:
             connection.settimeout(timeout_s)
             connection.connect(str(path))
-            return cls(connection, _handshake(connection, export))
+            shaker = Shaker(connection, timeout_s)
+            shaker.greet()
+            info = shaker.go(export)
+            connection.settimeout(timeout_s)
+            return cls(connection, info.size_bytes)
         except BaseException:
             connection.close()
             raise
@@ -152,40 +144,3 @@ class NbdClient:
             position = stop
         del self._input[:position]
         return replies
-
-
-def _handshake(connection: socket.socket, export: str) -> int:
-    """Choose ``export`` with OPT_GO; returns its size in bytes."""
-    init, option_magic, flags = _GREETING.unpack(_exactly(connection, _GREETING.size))
-    if init != c.INIT_MAGIC or option_magic != c.OPTION_MAGIC or not flags & c.FLAG_FIXED_NEWSTYLE:
-        raise NbdLost("what answers there is no NBD server of the fixed newstyle")
-    name = export.encode()
-    data = _GO_NAME_LENGTH.pack(len(name)) + name + _GO_INFO_COUNT.pack(0)
-    connection.sendall(
-        _CLIENT_FLAGS.pack(c.FLAG_FIXED_NEWSTYLE | c.FLAG_NO_ZEROES)
-        + _OPTION.pack(c.OPTION_MAGIC, c.OPT_GO, len(data))
-        + data
-    )
-    size_bytes = 0
-    while True:
-        magic, _, kind, length = _OPTION_REPLY.unpack(_exactly(connection, _OPTION_REPLY.size))
-        if magic != c.OPTION_REPLY_MAGIC or length > c.MAX_OPTION_BYTES:
-            raise NbdLost("the server sent something that is no answer to an option")
-        answer = _exactly(connection, length)
-        if kind == c.REP_ACK:
-            return size_bytes
-        if kind != c.REP_INFO:
-            raise NbdRefused(answer.decode(errors="replace"))
-        if length == _INFO_EXPORT.size:
-            info, size, _ = _INFO_EXPORT.unpack(answer)
-            size_bytes = size if info == c.INFO_EXPORT else size_bytes
-
-
-def _exactly(connection: socket.socket, length: int) -> bytes:
-    data = bytearray()
-    while len(data) < length:
-        received = connection.recv(length - len(data))
-        if not received:
-            raise NbdLost("the server closed the connection during the handshake")
-        data += received
-    return bytes(data)

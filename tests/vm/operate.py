@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from signal import SIGKILL
 from typing import Any
 
 from replica import control
@@ -17,7 +18,8 @@ from replica.cli import main as replicactl
 RESOURCE = "r0"
 _FOLDER = Path("/run/replica")
 _CONFIG = _FOLDER / "replica.toml"
-_daemon: list["subprocess.Popen[bytes]"] = []
+_daemons: dict[str, "subprocess.Popen[bytes]"] = {}
+_programs: dict[str, "subprocess.Popen[bytes]"] = {}
 
 
 class _Reached(Exception):
@@ -52,7 +54,7 @@ def start(node: str, log: str, patience_s: float) -> None:
         notify.bind(str(notify_path))
         environment = {**os.environ, "NOTIFY_SOCKET": str(notify_path)}
         daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment)
-        _daemon[:] = [daemon]
+        _daemons[node] = daemon
         exit_fd = os.pidfd_open(daemon.pid)
         try:
             ready, _, _ = select.select([notify, exit_fd], [], [], patience_s)
@@ -84,3 +86,31 @@ def wait(node: str, wanted: dict[str, list[Any]], patience_s: float) -> dict[str
     except control.ControlTimeout:
         pass
     raise RuntimeError(f"{wanted} does not come about: {json.dumps(seen)[:1500]}")
+
+
+def signal(node: str, number: int) -> None:
+    """Send a signal to a node's daemon; after SIGKILL it is over."""
+    _daemons[node].send_signal(number)
+    if number == SIGKILL:
+        _daemons[node].wait()
+
+
+def begin(name: str, command: list[str]) -> None:
+    """Start a program; `end` waits for it."""
+    log = (_FOLDER / f"{name}.log").open("wb")
+    _programs[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    log.close()
+
+
+def end(name: str, patience_s: float) -> str:
+    """What it printed; RuntimeError with that unless it ends with status 0."""
+    program = _programs.pop(name)
+    try:
+        status = program.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        program.kill()
+        status = -SIGKILL
+    output = (_FOLDER / f"{name}.log").read_text(errors="replace")
+    if status != 0:
+        raise RuntimeError(f"{name} ended with {status}: {output[-3000:]}")
+    return output

@@ -1,0 +1,37 @@
+"""What `replicactl` shows of the kernel devices of this machine."""
+
+from typing import Any
+
+from replica import control
+from replica.cli._status_text import bytes_text
+from replica.config import Config
+from replica.errors import ReplicaError
+
+_ANSWER_TIMEOUT_S = 5.0
+
+
+def ask_all(config: Config) -> list[dict[str, Any]]:
+    """The status of each resource that is mapped on this machine."""
+    return [status for name in config.resources if (status := ask_device(config, name)) is not None]
+
+
+def ask_device(config: Config, name: str) -> dict[str, Any] | None:
+    """The status of one; None if it is not mapped."""
+    try:
+        status: dict[str, Any] = control.call(
+            config.map_run_dir / f"{name}.sock", "status", timeout_s=_ANSWER_TIMEOUT_S
+        )
+    except ReplicaError:
+        return None
+    return status
+
+
+def device_text(status: dict[str, Any]) -> str:
+    """ "r0 /dev/nbd0: attached to node1 (10.0.0.1:10809), 1.0 GiB, mounted at /srv/web"."""
+    parts = [status["state"] + (f" to {status['server']}" if status["state"] == "attached" else "")]
+    if status.get("size_bytes"):
+        parts.append(bytes_text(status["size_bytes"]))
+    if status["mount"]:
+        parts.append(f"mounted at {status['mount']}")
+    text = f"{status['resource']} {status.get('device') or 'no device yet'}: {', '.join(parts)}"
+    return f"{text}; {status['last_error']}" if status.get("last_error") else text

@@ -1,0 +1,136 @@
+"""Finding the Primary and opening connections to it: blocking, bounded in time, for threads."""
+
+import contextlib
+import os
+import socket
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+from nbdserver.client_identity import ClientIdentity
+from replica.errors import ReplicaError
+from replica.kernel_device import places
+from replica.kernel_device.places import Place
+from replica.nbd_handshake import ExportInfo, NbdLost, NbdRefused, Shaker
+
+PROBE_TIMEOUT_S = 3.0
+#: A claim waits for what the server executes, up to the server's own limit for a handshake (10 s).
+CLAIM_TIMEOUT_S = 12.0
+#: When one node serves: how long the answer of the one that did so last is waited for.
+_LAST_SERVER_GRACE_S = 0.5
+
+
+class NobodyServes(ReplicaError):
+    """No node opens the export now."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """A connection in the transmission phase, for the kernel."""
+
+    socket: socket.socket
+    place: Place
+    info: ExportInfo
+
+    def is_taken(self) -> bool:
+        """Whether the kernel uses it: it sets its request timeout as the socket's when it takes one."""
+        return any(self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, 16))
+
+    def drop(self) -> None:
+        """End the connection, in the kernel as well."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
+
+
+def ask(place: Place, export: str) -> str | None:
+    """None if the export can be opened there now, else why not. Raises TimeoutError when nothing answers."""
+    try:
+        with _connect(place, PROBE_TIMEOUT_S) as connection:
+            shaker = Shaker(connection, PROBE_TIMEOUT_S)
+            shaker.greet()
+            shaker.info(export)
+    except TimeoutError:
+        raise
+    except (NbdRefused, NbdLost) as error:
+        return str(error)
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def find(candidates: list[Place], export: str, last: Place | None) -> Place:
+    """Who serves the export; raises `NobodyServes`. All are asked at once."""
+
+    def answer(place: Place) -> str | None:
+        try:
+            return ask(place, export)
+        except TimeoutError:
+            return "does not answer"
+
+    pool = ThreadPoolExecutor(len(candidates))
+    asked = {pool.submit(answer, place): place for place in candidates}
+    pool.shutdown(wait=False)
+    waiting, timeout_s = set(asked), None
+    serving: list[Place] = []
+    refusals: dict[Place, str] = {}
+    while waiting and last not in serving:
+        done, waiting = wait(waiting, timeout_s, FIRST_COMPLETED)
+        for each in done:
+            refusal = each.result()
+            if refusal is None:
+                serving.append(asked[each])
+                timeout_s = _LAST_SERVER_GRACE_S  # who was the Primary may answer, too
+            else:
+                refusals[asked[each]] = refusal
+        if not done:
+            break
+    chosen = places.choose(serving, last)
+    if chosen is None:
+        raise NobodyServes(places.nobody_serves(export, refusals))
+    return chosen
+
+
+def open_links(place: Place, export: str, identity: ClientIdentity, count: int) -> list[Link]:
+    """`count` connections of this generation; raises `NobodyServes`."""
+    links: list[Link] = []
+    try:
+        for _ in range(count):
+            links.append(_open(place, export, identity))
+    except BaseException as error:
+        for link in links:
+            link.drop()
+        if isinstance(error, (OSError, NbdRefused, NbdLost)):
+            why = "does not answer" if isinstance(error, TimeoutError) else str(error)
+            raise NobodyServes(places.nobody_serves(export, {place: why})) from None
+        raise
+    return links
+
+
+def _open(place: Place, export: str, identity: ClientIdentity) -> Link:
+    connection = _connect(place, PROBE_TIMEOUT_S)
+    try:
+        shaker = Shaker(connection, CLAIM_TIMEOUT_S)
+        shaker.greet()
+        shaker.claim(identity)
+        info = shaker.go(export)
+        connection.settimeout(None)
+        return Link(connection, place, info)
+    except BaseException:
+        connection.close()
+        raise
+
+
+def _connect(place: Place, timeout_s: float) -> socket.socket:
+    if place.unix_path is None:
+        connection = socket.create_connection((place.host, place.port), timeout_s)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        return connection
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.settimeout(timeout_s)
+        connection.connect(os.fspath(place.unix_path))
+    except BaseException:
+        connection.close()
+        raise
+    return connection

@@ -1,0 +1,119 @@
+"""Where a resource may be served, whom to choose, and how long to wait (pure)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from replica.config import Config, Resource, ResourceSide
+
+_LOCAL_ONLY = ("localhost", "::1")
+_ANY = ("0.0.0.0", "::")
+
+FIRST_DELAY_S = 0.1
+LONGEST_DELAY_S = 2.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one node serves NBD: a unix socket's path, or host and port."""
+
+    node: str
+    unix_path: str | None = None
+    host: str = ""
+    port: int = 0
+
+    def __str__(self) -> str:
+        if self.unix_path is not None:
+            return f"{self.node} ({self.unix_path})"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.node} ({host}:{self.port})"
+
+
+def places(config: Config, resource: Resource) -> list[Place]:
+    """Where clients on this machine may find the resource, this node's own place first.
+
+    A node that listens on all addresses is asked at its own. What is only for its own machine (127.0.0.1, a unix
+    socket) is asked all the same: both nodes may be on this one.
+    """
+    found: list[Place] = []
+    for side in (resource.local, resource.peer):
+        place = _place(side, is_here=config.is_member and side.node == config.node)
+        if all((place.unix_path, place.host, place.port) != (one.unix_path, one.host, one.port) for one in found):
+            found.append(place)
+    return found
+
+
+def _place(side: ResourceSide, *, is_here: bool) -> Place:
+    listen, node = side.nbd, side.node
+    if listen.unix_path is not None:
+        return Place(node.name, unix_path=listen.unix_path)
+    host = listen.host
+    if host in _ANY:
+        host = ("::1" if ":" in host else "127.0.0.1") if is_here else node.address
+    return Place(node.name, host=host, port=listen.port)
+
+
+def choose(serving: Sequence[Place], last: Place | None) -> Place | None:
+    """Whom to connect to. If both nodes serve (split brain), a client stays with the past that it knows."""
+    return last if last in serving else next(iter(serving), None)
+
+
+def nobody_serves(resource: str, answers: Mapping[Place, str]) -> str:
+    """The sentence when no place opens the export; `answers` says why not."""
+    reasons = "; ".join(f"{place}: {why.rstrip('.')}" for place, why in answers.items())
+    hint = "promote a node"
+    if all(place.unix_path is not None or _is_loopback(place.host) for place in answers):
+        hint += ", or let `nbd` in the configuration be an address that this machine reaches"
+    return f"nobody serves {resource} ({reasons}): {hint}"
+
+
+def _is_loopback(host: str) -> bool:
+    return host.startswith("127.") or host in _LOCAL_ONLY
+
+
+def next_delay_s(last_s: float) -> float:
+    """How long to wait before the nodes are asked again, after waiting `last_s`; 0 before the first time."""
+    return min(max(last_s * 2, FIRST_DELAY_S), LONGEST_DELAY_S)
+
+
+@dataclass
+class Watchdog:
+    """Decides that an idle connection is dead: its server's machine has been silent `limit` times in a row."""
+
+    limit: int = 2
+    silent: int = 0
+
+    def probed(self, *, answered: bool) -> bool:
+        """One probe is over; whether to give the connections up. Any answer counts, also a refusal: a server that
+        demotes closes its connections itself, after their answers.
+        """
+        self.silent = 0 if answered else self.silent + 1
+        return self.silent >= self.limit
+
+
+BACKEND_PREFIX = "replica"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What the kernel keeps with a device (its "backend"): whose it is, so that a new agent can go on with it."""
+
+    cluster: str
+    resource: str
+    client: bytes
+    connections: int
+
+    def __str__(self) -> str:
+        return f"{backend_prefix(self.cluster, self.resource)}{self.client.hex()}:{self.connections}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Backend":
+        """From the text; raises ValueError."""
+        prefix, cluster, resource, client, connections = text.split(":")
+        if prefix != BACKEND_PREFIX:
+            raise ValueError(text)
+        return cls(cluster, resource, bytes.fromhex(client), int(connections))
+
+
+def backend_prefix(cluster: str, resource: str) -> str:
+    """How the backends of this resource's devices begin."""
+    return f"{BACKEND_PREFIX}:{cluster}:{resource}:"
