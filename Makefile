@@ -14,7 +14,7 @@ PYTEST_ARGS ?=
 DEBIAN_PACKAGES := qemu-utils qemu-system-common nbdkit nbd-client nbd-server libnbd-bin python3-libnbd \
                    fio iproute2 nftables e2fsprogs
 
-# What the virtual machines of the power cuts take.
+# What the virtual machines take.
 VM_PACKAGES := qemu-system-x86 mmdebstrap busybox-static cpio e2fsprogs
 VM_DIR := $(or $(REPLICA_VM_DIR),build/vm)
 VM_IMAGE := $(VM_DIR)/root.ext4
@@ -27,7 +27,7 @@ SEEDS ?= 1000
 START ?= 1
 JOBS ?= 0
 
-.PHONY: help venv setup demo test lint format bench soak database power-cuts vm-setup vm-image sim sim-canaries fuzz clean
+.PHONY: help venv setup demo test lint format bench soak database power-cuts vm-setup vm-image sim sim-canaries fuzz test-vm clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
@@ -100,7 +100,11 @@ database: setup ## databases on ext4 on the volume, ROUNDS=20 failovers each (as
 
 power-cuts: ROUNDS ?= 6
 power-cuts: setup vm-image ## nodes in virtual machines lose power, ROUNDS=6 times (REPLICA_SEED= replays)
-	REPLICA_POWER_CUT_ROUNDS=$(ROUNDS) REPLICA_VM_DIR=$(VM_DIR) $(BIN)/python -m pytest -s tests/vm $(PYTEST_ARGS)
+	REPLICA_POWER_CUT_ROUNDS=$(ROUNDS) REPLICA_VM_DIR=$(VM_DIR) $(BIN)/python -m pytest -s tests/vm/test_machine.py \
+	  tests/vm/test_power_cut.py $(PYTEST_ARGS)
+
+test-vm: setup vm-image ## the kernel's NBD client on a stock kernel: nbd-client, map, failovers (REPLICA_SEED= replays)
+	REPLICA_VM_DIR=$(VM_DIR) $(BIN)/python -m pytest -s tests/vm/test_kernel_device.py $(PYTEST_ARGS)
 
 vm-image: vm-setup $(VM_IMAGE) # as root; cached in build/vm or $REPLICA_VM_DIR
 

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import sys
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
@@ -21,6 +20,7 @@ from replica.control import ControlServer, SendEvent
 from replica.errors import ReplicaError
 from replica.resource import Resource
 from replica.runtime import HostRuntime
+from replica.supervisor import notify_supervisor
 
 log = logging.getLogger("replica")
 
@@ -126,16 +126,6 @@ class Daemon:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(PROGRESS_INTERVAL_S if self.resource.syncing else None):
                         await changed.wait()
-
-
-def notify_supervisor(message: str) -> None:
-    """Tell systemd (sd_notify(3)); nothing when it did not start us."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-        notify.connect("\0" + address[1:] if address.startswith("@") else address)
-        notify.send(message.encode())
 
 
 async def _serve(config: cfg.Config, resource: cfg.Resource) -> None:

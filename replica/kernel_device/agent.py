@@ -15,12 +15,12 @@ from typing import Any
 
 from replica import config as cfg
 from replica.control import ControlServer, SendEvent
-from replica.daemon import notify_supervisor
 from replica.errors import ReplicaError
 from replica.kernel_device import keeper as kernel
 from replica.kernel_device.keeper import Keeper, Wish
 from replica.kernel_device.netlink import Driver, device_index, is_mounted
 from replica.kernel_device.places import places
+from replica.supervisor import notify_supervisor
 from replica.tasks import spawn
 
 log = logging.getLogger("replica")

@@ -86,7 +86,7 @@ def find(candidates: list[Place], export: str, last: Place | None) -> Place:
             break
     chosen = places.choose(serving, last)
     if chosen is None:
-        raise NobodyServes(places.nobody_serves(export, refusals))
+        raise NobodyServes(places.nobody_serves(export, {place: refusals[place] for place in candidates}))
     return chosen
 
 

@@ -1,0 +1,282 @@
+"""The kernel's NBD client on a stock Debian kernel: nbd-client as it is, and `replicactl map` across failovers."""
+
+import contextlib
+import random
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.cluster import MIB
+from tests.vm.machine import PATIENCE_S, need_image
+from tests.vm.pair import Node, Pair
+from tests.vm.two_in_one import TwoInOne
+
+_DEVICE = "/dev/nbd0"
+_FOLDER = "/mnt/volume"
+_MOUNT = ("--mount", _FOLDER)
+_WAIT = ("--timeout", "80")
+_QUICK = ("--request-timeout", "2")
+_CHECKS = {"ext4": "e2fsck -fn", "xfs": "xfs_repair -n"}
+_FAILOVERS = 5
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoInOne]:
+    """One machine for all tests of this file that need no more."""
+    image = need_image()
+    with TwoInOne(tmp_path_factory.mktemp("vm"), image) as machine:
+        yield machine
+
+
+@pytest.fixture
+def both(machine: TwoInOne) -> Iterator[TwoInOne]:
+    """In sync, node1 is Primary, and nothing is attached; what happened is printed if a test fails."""
+    status = machine.ctl("node1", "status")
+    if status["role"] != "Primary":
+        machine.ctl("node1", "takeover" if status["peer"]["role"] == "Primary" else "promote")
+    try:
+        yield machine
+    finally:
+        print(machine.map_log(), file=sys.stderr)
+        print(machine.sh("dmesg | tail -20"), file=sys.stderr)
+        with contextlib.suppress(AssertionError):
+            machine.sh(f"umount {_FOLDER}")
+        with contextlib.suppress(AssertionError):
+            machine.cli("node1", "unmap")
+
+
+def _make(both: TwoInOne, file_system: str, *options: str) -> None:
+    """A new file system on the mapped device, then mounted."""
+    both.cli("node1", "map", "r0", _DEVICE, *_WAIT)
+    force = "-F" if file_system == "ext4" else "-f"
+    both.sh(f"mkfs.{file_system} -q {force} {_DEVICE}")
+    both.cli("node1", "unmap")
+    both.cli("node1", "map", "r0", _DEVICE, *_WAIT, *_MOUNT, "--type", file_system, *options)
+
+
+def _check(both: TwoInOne, file_system: str) -> None:
+    """Unmount, and let the file system's own checker look at it."""
+    both.cli("node1", "unmap")
+    both.cli("node1", "map", "r0", _DEVICE, *_WAIT)
+    both.sh(f"{_CHECKS[file_system]} {_DEVICE}", timeout_s=2 * PATIENCE_S)
+    both.cli("node1", "unmap")
+
+
+def _report(name: str, report: dict[str, Any]) -> None:
+    print(f"{name}: {report}", file=sys.stderr)
+    assert report["operations"] > 0
+
+
+def _await_in_log(both: TwoInOne, text: str, count: int = 1) -> None:
+    """Until replicad-map has said this so many times."""
+    both.sh(f'until [ "$(grep -c "{text}" /run/replica/run/map/r0.log)" -ge {count} ]; do sleep 0.1; done')
+
+
+def test_stock_nbd_client(both: TwoInOne) -> None:
+    both.sh(
+        f"""
+        modprobe nbd
+        nbd-client 127.0.0.1 10809 {_DEVICE} -N r0
+        mkfs.ext4 -q -F {_DEVICE}
+        mkdir -p {_FOLDER}
+        mount {_DEVICE} {_FOLDER}
+        head -c 3000000 /dev/urandom > /tmp/data
+        cp /tmp/data {_FOLDER}/data
+        umount {_FOLDER}
+        nbd-client -d {_DEVICE}
+        nbd-client 127.0.0.1 10809 {_DEVICE} -N r0
+        e2fsck -fn {_DEVICE}
+        mount {_DEVICE} {_FOLDER}
+        cmp /tmp/data {_FOLDER}/data
+        umount {_FOLDER}
+        nbd-client -d {_DEVICE}
+        """
+    )
+
+
+@pytest.mark.parametrize(("file_system", "connections"), [("ext4", 1), ("xfs", 3)])
+def test_fio_verifies_what_it_wrote(both: TwoInOne, file_system: str, connections: int) -> None:
+    _make(both, file_system, "--connections", str(connections))
+    both.sh(
+        f"fio --name=verify --directory={_FOLDER} --rw=randwrite --bsrange=4k-64k --size=24M --direct=1 "
+        "--ioengine=libaio --iodepth=8 --verify=crc32c --do_verify=1 --verify_fatal=1",
+        timeout_s=2 * PATIENCE_S,
+    )
+    assert both.ctl("node1", "status")["nbd"]["clients"] == connections
+    _check(both, file_system)
+
+
+def test_what_is_refused_is_one_sentence(both: TwoInOne) -> None:
+    both.cli("node1", "map", "r0", _DEVICE, *_WAIT)
+    listed = both.cli("node1", "map", "--list")
+    assert listed == f"r0 {_DEVICE}: attached to node1 (127.0.0.1:10809), 320.0 MiB\n"
+    assert listed.strip() in both.cli("node1", "status", "r0")
+    for arguments, words in (
+        (("map", "r0"), "is mapped already"),
+        (("map", "r1"), r"there is no \[resource.r1\]"),
+    ):
+        with pytest.raises(AssertionError, match=words):
+            both.cli("node1", *arguments)
+    both.sh(f"mkfs.ext4 -q -F {_DEVICE}; mkdir -p {_FOLDER}; mount {_DEVICE} {_FOLDER}")
+    with pytest.raises(AssertionError, match="is in use: unmount it first"):
+        both.cli("node1", "unmap")
+    both.sh(f"umount {_FOLDER}")
+    both.cli("node1", "unmap")
+    with pytest.raises(AssertionError, match="is not mapped on this machine"):
+        both.cli("node1", "unmap")
+    both.sh(f"nbd-client 127.0.0.1 10809 {_DEVICE} -N r0")
+    with pytest.raises(AssertionError, match="is in use already"):
+        both.cli("node1", "map", "r0", _DEVICE, *_WAIT)
+    both.sh(f"nbd-client -d {_DEVICE}")
+    both.ctl("node1", "demote")
+    with pytest.raises(AssertionError, match="is not mapped after 20 s: nobody serves r0"):
+        both.cli("node1", "map", "r0", "--timeout", "20")
+    both.ctl("node1", "promote")
+
+
+def test_kill_of_the_primary(both: TwoInOne, rng: random.Random) -> None:
+    _make(both, "ext4", *_QUICK, "--connections", "2")
+    both.begin_exercise(_FOLDER, rng.randrange(1 << 30), 25)
+    both.signal("node1", signal.SIGKILL)
+    both.wait("node2", connection="Connecting")
+    both.ctl("node2", "promote")
+    _report("kill of the Primary", both.end_exercise())
+    both.start("node1")
+    both.wait_in_sync()
+    _check(both, "ext4")
+
+
+def test_a_frozen_server_thaws_again(both: TwoInOne, rng: random.Random) -> None:
+    _make(both, "ext4", *_QUICK)
+    both.begin_exercise(_FOLDER, rng.randrange(1 << 30), 30)
+    for count in (1, 2):
+        both.signal("node1", signal.SIGSTOP)
+        _await_in_log(both, "the connection has ended", count)
+        both.signal("node1", signal.SIGCONT)
+        _await_in_log(both, "goes on after", count)
+    _report("frozen server", both.end_exercise())
+    both.wait_in_sync()
+    _check(both, "ext4")
+
+
+def test_the_agent_is_killed_and_another_goes_on(both: TwoInOne, rng: random.Random) -> None:
+    _make(both, "ext4", *_QUICK, "--connections", "2")
+    both.begin_exercise(_FOLDER, rng.randrange(1 << 30), 20)
+    both.sh("kill -9 $(ps -eo pid,args | awk '/[k]ernel_device.agent/ { print $1 }')")
+    assert both.cli("node1", "map", "r0", *_WAIT, *_MOUNT) == f"{_DEVICE}\n"
+    _report("killed agent", both.end_exercise())
+    _check(both, "ext4")
+
+
+def test_what_nbd_client_attached_is_adopted(both: TwoInOne, rng: random.Random) -> None:
+    both.sh(f"modprobe nbd; nbd-client 127.0.0.1 10809 {_DEVICE} -N r0; mkfs.ext4 -q -F {_DEVICE}")
+    both.cli("node1", "map", "r0", _DEVICE, "--adopt", *_WAIT, *_MOUNT, *_QUICK)
+    both.begin_exercise(_FOLDER, rng.randrange(1 << 30), 15)
+    both.signal("node1", signal.SIGKILL)
+    both.start("node1")
+    both.wait("node1", connection="Connected")
+    both.ctl("node1", "promote")
+    _report("adopted", both.end_exercise())
+    both.wait_in_sync()
+    _check(both, "ext4")
+
+
+def test_five_failovers(both: TwoInOne, rng: random.Random) -> None:
+    _make(both, "xfs", *_QUICK)
+    primary, other = "node1", "node2"
+    both.begin_exercise(_FOLDER, rng.randrange(1 << 30), 60)
+    for number in range(_FAILOVERS):
+        if number % 2:
+            both.ctl(other, "takeover")
+        else:
+            both.signal(primary, signal.SIGKILL)
+            both.wait(other, connection="Connecting")
+            both.ctl(other, "promote")
+            both.start(primary)
+        primary, other = other, primary
+        _await_in_log(both, "goes on after", number + 1)
+        both.wait_in_sync()
+    _report("five failovers", both.end_exercise())
+    _check(both, "xfs")
+
+
+class Client:
+    """`replicactl map` on one node of a pair, and what runs on the device there."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+
+    def sh(self, script: str) -> str:
+        """In the node's machine."""
+        return self.node.machine.run("bash", "-euc", script)
+
+    def begin(self, seed: int, seconds: int) -> None:
+        """Start the exerciser."""
+        command = ["python3", "-m", "tests.vm.writer", _FOLDER, str(seed), str(seconds)]
+        self.node.machine.call("tests.vm.operate:begin", name="exerciser", command=command)
+
+    def end(self) -> str:
+        """What it reports."""
+        report: str = self.node.machine.call(
+            "tests.vm.operate:end", name="exerciser", patience_s=PATIENCE_S, timeout_s=PATIENCE_S + 30
+        )
+        return report.strip()
+
+    def await_log(self, count: int) -> None:
+        """Until the device went on so many times."""
+        self.sh(f'until [ "$(grep -c "goes on after" /run/replica/run/map/r0.log)" -ge {count} ]; do sleep 0.1; done')
+
+
+def test_two_machines(short_dir: Path, rng: random.Random) -> None:
+    """The client is on one of them: takeover, power cut of the Primary, frozen Primary while the other takes over."""
+    image = need_image()
+    settings = {"protocol": '"C"', "nbd": '"0.0.0.0:10809"', "timeout": "5", "connect_interval": "0.2"}
+    with Pair(short_dir, image, rng, 64 * MIB, **settings) as pair:
+        one, two = pair.up().nodes
+        client = Client(two)
+        two.cli("map", "r0", _DEVICE, *_WAIT, *_QUICK)
+        client.sh(f"mkfs.ext4 -q {_DEVICE}; mkdir {_FOLDER}; mount {_DEVICE} {_FOLDER}")
+
+        client.begin(rng.randrange(1 << 30), 20)
+        two.ctl("takeover")
+        client.await_log(1)
+        one.ctl("takeover")
+        client.await_log(2)
+        print(f"takeover: {client.end()}", file=sys.stderr)
+
+        client.begin(rng.randrange(1 << 30), 25)
+        one.machine.power_cut()
+        two.wait_alone()
+        two.ctl("promote")
+        client.await_log(3)
+        print(f"power cut of the Primary: {client.end()}", file=sys.stderr)
+        pair.boot(one)
+        one.start()
+        pair.wait_in_sync()
+        one.ctl("takeover")
+        client.await_log(4)
+
+        client.begin(rng.randrange(1 << 30), 30)
+        one.machine.call("tests.vm.operate:signal", node=one.name, number=int(signal.SIGSTOP))
+        two.wait_alone()
+        two.ctl("promote")
+        client.await_log(5)
+        one.machine.call("tests.vm.operate:signal", node=one.name, number=int(signal.SIGCONT))
+        print(f"frozen Primary, failover, thaw: {client.end()}", file=sys.stderr)
+        client.sh(f"umount {_FOLDER}; e2fsck -fn {_DEVICE}")
+        assert re.search(r"attached to node2", two.cli("map", "--list"))
+        two.cli("unmap")
+        # What the thawed one executed of the past stays there, and is given up.
+        if one.ctl("status")["role"] == "Primary":
+            one.ctl("demote", force=True)
+            one.ctl("connect", discard_my_data=True)
+            two.ctl("connect")
+        pair.wait_in_sync()
+        pair.check_identical()
