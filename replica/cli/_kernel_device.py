@@ -5,24 +5,29 @@ from typing import Any
 from replica import control
 from replica.cli._status_text import bytes_text
 from replica.config import Config
-from replica.errors import ReplicaError
+from replica.kernel_device import netlink
+from replica.kernel_device.places import backend_prefix
 
 _ANSWER_TIMEOUT_S = 5.0
 
 
 def ask_all(config: Config) -> list[dict[str, Any]]:
-    """The status of each resource that is mapped on this machine."""
-    return [status for name in config.resources if (status := ask_device(config, name)) is not None]
+    """The status of each resource that is mapped on this machine. Raises `ReplicaError` as `control.call` does."""
+    return [status for name in config.resources if (status := _ask(config, name)) is not None]
 
 
-def ask_device(config: Config, name: str) -> dict[str, Any] | None:
-    """The status of one; None if it is not mapped."""
+def _ask(config: Config, name: str) -> dict[str, Any] | None:
     try:
         status: dict[str, Any] = control.call(
             config.map_run_dir / f"{name}.sock", "status", timeout_s=_ANSWER_TIMEOUT_S
         )
-    except ReplicaError:
-        return None
+    except control.NotRunning:
+        found = netlink.find_backend(backend_prefix(config.cluster.name, name))
+        if found is None:
+            return None
+        sentence = f"its replicad-map has ended: `replicactl map {name}` goes on with it"
+        device = netlink.device_path(found[0])
+        return {"resource": name, "device": device, "state": "unattended", "mount": "", "last_error": sentence}
     return status
 
 

@@ -48,13 +48,22 @@ def _print_once(config: Config, names: list[str], as_json: bool) -> int:
     else:
         for status in running:
             print("\n".join(status_lines(status)))
-        for device in ask_all(config):
-            if device["resource"] in names:
-                print(f"  {device_text(device)}")
+        _print_devices(config, names)
     for name, report in reports.items():
         if isinstance(report, ReplicaError):
             print(f"{PROGRAM}: {name} {config.node.name}: {report}", file=sys.stderr)
     return 0 if len(running) == len(reports) else 1
+
+
+def _print_devices(config: Config, names: list[str]) -> None:
+    try:
+        devices = ask_all(config)
+    except ReplicaError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return
+    for device in devices:
+        if device["resource"] in names:
+            print(f"  {device_text(device)}")
 
 
 def _ask(socket: Path) -> Report:

@@ -170,6 +170,7 @@ def test_the_agent_is_killed_and_another_goes_on(both: TwoInOne, rng: random.Ran
     _make(both, "ext4", *_QUICK, "--connections", "2")
     both.begin_exercise(_FOLDER, rng.randrange(1 << 30), 20)
     both.sh("kill -9 $(ps -eo pid,args | awk '/[k]ernel_device.agent/ { print $1 }')")
+    assert "unattended; its replicad-map has ended" in both.cli("node1", "map", "--list")
     assert both.cli("node1", "map", "r0", *_WAIT, *_MOUNT) == f"{_DEVICE}\n"
     _report("killed agent", both.end_exercise())
     _check(both, "ext4")
