@@ -20,13 +20,7 @@ ATTACHED = {
     "last_error": "",
     "ready": True,
 }
-SEARCHING = {
-    "resource": "r0",
-    "device": "/dev/nbd0",
-    "state": "searching",
-    "mount": "",
-    "last_error": "nobody serves r0",
-}
+SEARCHING = {**ATTACHED, "state": "searching", "size_bytes": 0, "mount": "", "last_error": "nobody serves r0"}
 
 
 @pytest.fixture

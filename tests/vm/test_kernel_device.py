@@ -158,7 +158,7 @@ def test_a_frozen_server_thaws_again(both: TwoInOne, rng: random.Random) -> None
     both.begin_exercise(_FOLDER, rng.randrange(1 << 30), 30)
     for count in (1, 2):
         both.signal("node1", signal.SIGSTOP)
-        _await_in_log(both, "the connection has ended", count)
+        _await_in_log(both, "the connection has ended (", count)
         both.signal("node1", signal.SIGCONT)
         _await_in_log(both, "goes on after", count)
     _report("frozen server", both.end_exercise())
