@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+from pathlib import Path
 from urllib.parse import quote
 
 import uvloop
@@ -14,7 +15,9 @@ from nbdserver.activation import passed_sockets
 from nbdserver.blockfile import BlockFile, BlockFileError
 from nbdserver.constants import MAX_STRING_BYTES
 from nbdserver.file_export import FileExport
+from nbdserver.handshake import TlsMode
 from nbdserver.server import DEFAULT_PORT, ListenError, Server
+from nbdserver.tls import ServerTls, TlsFileError, TlsFiles, server_tls
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,6 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(options))
+    except TlsFileError as error:
+        print(f"nbdserver: --tls-{error.which}: {error}", file=sys.stderr)
+        return 1
     except (BlockFileError, ListenError) as error:
         print(f"nbdserver: {error}", file=sys.stderr)
         return 1
@@ -48,7 +54,28 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--export", metavar="NAME", type=_export_name, default="", help="name of the export; it is also the default"
     )
-    return parser.parse_args(arguments)
+    tls = parser.add_argument_group("TLS")
+    tls.add_argument(
+        "--tls", type=TlsMode, choices=tuple(TlsMode), default=TlsMode.OFF, help="whether clients may or must use it"
+    )
+    tls.add_argument("--tls-cert", metavar="FILE", type=Path, help="certificate of this server (PEM)")
+    tls.add_argument("--tls-key", metavar="FILE", type=Path, help="its private key (PEM), readable by nobody else")
+    tls.add_argument("--tls-ca", metavar="FILE", type=Path, help="demand client certificates that this CA has signed")
+    options = parser.parse_args(arguments)
+    files = [f"--tls-{name}" for name in ("cert", "key", "ca") if getattr(options, f"tls_{name}") is not None]
+    if options.tls is TlsMode.OFF and files:
+        parser.error(f"{files[0]} needs --tls require or --tls allow")
+    if options.tls is not TlsMode.OFF and (options.tls_cert is None or options.tls_key is None):
+        parser.error(f"--tls {options.tls} needs --tls-cert and --tls-key")
+    return options
+
+
+def _tls(options: argparse.Namespace) -> ServerTls | None:
+    if options.tls is TlsMode.OFF:
+        return None
+    files = TlsFiles(options.tls_cert, options.tls_key, options.tls_ca)
+    files.check()
+    return server_tls(options.tls, files)
 
 
 def _export_name(text: str) -> str:
@@ -69,10 +96,11 @@ async def _serve(options: argparse.Namespace) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    tls = _tls(options)
     file = BlockFile.open(options.file, read_only=options.read_only)
     try:
         export = FileExport(file, name=options.export, read_only=options.read_only)
-        server = Server(default=export)
+        server = Server(default=export, tls=tls)
         print(f"serving {options.file} at {' and '.join(await _listen(server, options))}", flush=True)
         await stop.wait()
         for number in (signal.SIGTERM, signal.SIGINT):  # again: do not wait for clients
@@ -90,20 +118,21 @@ async def _listen(server: Server, options: argparse.Namespace) -> list[str]:
     if sockets:
         for sock in sockets:
             await server.listen_socket(sock)
-        return [_uri(options.export, sock.getsockname()) for sock in sockets]
+        return [_uri(options, sock.getsockname()) for sock in sockets]
     if options.unix is not None:
         await server.listen_unix(options.unix)
-        return [_uri(options.export, options.unix)]
-    return [_uri(options.export, (await server.listen_tcp(*options.listen))[0])]
+        return [_uri(options, options.unix)]
+    return [_uri(options, (await server.listen_tcp(*options.listen))[0])]
 
 
-def _uri(export: str, address: str | bytes | tuple[str, int]) -> str:
-    """How clients name an export at the address of a listening socket."""
-    name = quote(export, safe="")
+def _uri(options: argparse.Namespace, address: str | bytes | tuple[str, int]) -> str:
+    """How clients name the export at the address of a listening socket."""
+    name = quote(options.export, safe="")
+    scheme = "nbds" if options.tls is TlsMode.REQUIRE else "nbd"
     if isinstance(address, str | bytes):
-        return f"nbd+unix:///{name}?socket={quote(address)}"
+        return f"{scheme}+unix:///{name}?socket={quote(address)}"
     host, port = address[:2]
-    return f"nbd://{f'[{host}]' if ':' in host else host}:{port}/{name}"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/{name}"
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@ from typing import Protocol, cast
 from nbdserver.client_identity import Claimant, ClientIdentity, fence
 from nbdserver.engine import RequestEngine
 from nbdserver.export import Export
-from nbdserver.handshake import GREETING, Directory, Handshake, Opened
+from nbdserver.handshake import GREETING, Directory, Handshake, Opened, StartTls, TlsMode
 from nbdserver.limits import Limits
 from nbdserver.receive_buffer import ReceiveBuffer
 from nbdserver.socket_options import describe_peer, tune_socket
+from nbdserver.tls import ServerTls
+from nbdserver.tls_transport import TlsFailure, TlsTransport
 
 log = logging.getLogger("nbdserver")
 
@@ -19,6 +21,8 @@ log = logging.getLogger("nbdserver")
 class Owner(Directory, Protocol):
     """The server, as a connection sees it."""
 
+    @property
+    def tls(self) -> ServerTls | None: ...
     @property
     def claimants(self) -> Iterable[Claimant]: ...
     def admit(self, connection: "Connection") -> bool: ...
@@ -40,7 +44,7 @@ class Connection(asyncio.BufferedProtocol):
         self._limits = limits
         self._loop = asyncio.get_running_loop()
         self._received = ReceiveBuffer()
-        self._handshake: Handshake | None = Handshake(owner)
+        self._handshake: Handshake | None = Handshake(owner, owner.tls.mode if owner.tls else TlsMode.OFF)
         self._export: Export | None = None
         self._engine: RequestEngine | None = None
         self._timers: list[asyncio.TimerHandle] = []
@@ -162,6 +166,8 @@ class Connection(asyncio.BufferedProtocol):
         if isinstance(outcome, Opened):
             self._received.put_back(handshake.rest)
             self._open(outcome)
+        elif isinstance(outcome, StartTls):
+            self._start_tls(handshake.secured())
         else:
             log.info("closing the connection of %s: %s", self.peer_name, outcome.reason)
             self._close()
@@ -173,6 +179,19 @@ class Connection(asyncio.BufferedProtocol):
         if self._handshake is handshake and not self._transport.is_closing():
             self._transport.resume_reading()
             self._go_on(handshake, handshake.claimed(refusal))
+
+    def _start_tls(self, handshake: Handshake) -> None:
+        tls = self._owner.tls
+        assert tls is not None  # without it, STARTTLS is not understood
+        self._handshake = handshake
+        transport = TlsTransport(self._transport, tls.context, server_side=True, finished=self._tls_finished)
+        transport.set_protocol(self)
+        self._transport = transport
+
+    def _tls_finished(self, failure: TlsFailure | None) -> None:
+        if failure is not None:
+            log.warning("closing the connection of %s: %s", self.peer_name, failure)
+            self._handshake = None
 
     def _open(self, opened: Opened) -> None:
         export = opened.export

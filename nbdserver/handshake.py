@@ -5,6 +5,7 @@ Source: NetworkBlockDevice/nbd, doc/proto.md, "Newstyle negotiation" and "Option
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from enum import StrEnum
 from struct import Struct
 from typing import Protocol
 
@@ -38,6 +39,14 @@ class Directory(Protocol):
     def listing(self) -> Iterable[Export]: ...
 
 
+class TlsMode(StrEnum):
+    """Whether clients may, or have to, speak TLS (doc/proto.md, "TLS support")."""
+
+    OFF = "off"
+    ALLOW = "allow"
+    REQUIRE = "require"
+
+
 @dataclass(frozen=True)
 class Opened:
     """The client chose this export: what follows is the transmission phase."""
@@ -65,7 +74,12 @@ class Ended:
     reason: str
 
 
-Outcome = Opened | Ended
+@dataclass(frozen=True)
+class StartTls:
+    """After sending what is left, TLS begins, and inside of it what `Handshake.secured` returns."""
+
+
+Outcome = Opened | Ended | StartTls
 
 
 class _OptionError(Exception):
@@ -83,11 +97,13 @@ class Handshake:
     Bytes behind the end of the handshake are left in `rest`.
     """
 
-    def __init__(self, directory: Directory) -> None:
+    def __init__(self, directory: Directory, tls: TlsMode = TlsMode.OFF) -> None:
         self.outcome: Outcome | None = None
         #: A claim that waits for `claimed`; nothing more is taken from the input meanwhile.
         self.claim: ClientIdentity | None = None
         self._directory = directory
+        self._tls = tls
+        self._is_secured = False
         self._input = bytearray()
         self._output: list[bytes] = []
         self._have_client_flags = False
@@ -106,10 +122,21 @@ class Handshake:
             c.OPT_SET_META_CONTEXT: self._on_set_meta_context,
             c.OPT_CLAIM: self._on_claim,
         }
+        if tls is not TlsMode.OFF:
+            self._handlers[c.OPT_STARTTLS] = self._on_starttls
 
     @property
     def rest(self) -> bytes:
         return bytes(self._input)
+
+    def secured(self) -> "Handshake":
+        """What goes on inside TLS: a new handshake, so that nothing is left of what was negotiated in plain."""
+        inside = Handshake(self._directory, self._tls)
+        inside._is_secured = True
+        # The client does not send its flags again.
+        inside._have_client_flags, inside._no_zeroes = self._have_client_flags, self._no_zeroes
+        inside._options_seen = self._options_seen
+        return inside
 
     def feed(self, data: bytes | memoryview) -> bytes:
         """Take what was received, in whatever pieces, and return what has to be sent."""
@@ -161,6 +188,8 @@ class Handshake:
             return
         handler = self._handlers.get(option)
         try:
+            if self._needs_tls and option not in (c.OPT_ABORT, c.OPT_STARTTLS):
+                raise _OptionError(c.REP_ERR_TLS_REQD, "this server serves only clients that use TLS")
             if self._directory.shutting_down and option not in (c.OPT_ABORT, c.OPT_EXPORT_NAME):
                 raise _OptionError(c.REP_ERR_SHUTDOWN, "the server is shutting down")
             if handler is None:
@@ -188,6 +217,21 @@ class Handshake:
         _no_data("ABORT", data)
         self._reply(c.OPT_ABORT, c.REP_ACK)
         self.outcome = Ended("it ended the handshake")
+
+    @property
+    def _needs_tls(self) -> bool:
+        return self._tls is TlsMode.REQUIRE and not self._is_secured
+
+    def _on_starttls(self, data: bytes) -> None:
+        _no_data("STARTTLS", data)
+        if self._is_secured:
+            raise _OptionError(c.REP_ERR_INVALID, "this connection uses TLS already")
+        if self._input:
+            # Whoever sits in between could have put it there, to be taken for what comes from inside TLS.
+            self.outcome = Ended("it sent something behind STARTTLS before that was answered")
+            return
+        self._reply(c.OPT_STARTTLS, c.REP_ACK)
+        self.outcome = StartTls()
 
     def _on_list(self, data: bytes) -> None:
         _no_data("LIST", data)

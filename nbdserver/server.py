@@ -15,6 +15,7 @@ from nbdserver.connection import Connection
 from nbdserver.export import Export
 from nbdserver.limits import Limits
 from nbdserver.log_limit import FewAlike
+from nbdserver.tls import ServerTls
 
 log = logging.getLogger("nbdserver")
 log.addFilter(FewAlike())
@@ -31,13 +32,20 @@ class ListenError(Exception):
 class Server:
     """NBD server on the running loop.
 
-    `default` is what a client gets that asks for the name ""; without it that name is unknown.
+    `default` is what a client gets that asks for the name ""; without it that name is unknown. `tls`: whether clients
+    may or have to use TLS; None: they cannot.
     """
 
     def __init__(
-        self, exports: Iterable[Export] = (), *, default: Export | None = None, limits: Limits | None = None
+        self,
+        exports: Iterable[Export] = (),
+        *,
+        default: Export | None = None,
+        limits: Limits | None = None,
+        tls: ServerTls | None = None,
     ) -> None:
         self.limits = limits or Limits()
+        self.tls = tls
         self.default = default
         self.connections: dict[Connection, None] = {}  # a set in the order of their coming
         self._exports = {export.name: export for export in exports}

@@ -35,6 +35,7 @@ VERBS = (
     "dstate",
     "dump-md",
     "secret",
+    "certs",
 )
 EXIT_FAILED = 1
 EXIT_USAGE = 2

@@ -1,0 +1,121 @@
+"""The files of TLS (certificate, key, CA), with one sentence for whatever is wrong, and what is made of them."""
+
+import os
+import ssl
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from nbdserver.handshake import TlsMode
+
+
+class TlsFileError(Exception):
+    """One of the files is of no use. `which` is "cert", "key" or "ca"; the text begins with the file's name."""
+
+    def __init__(self, which: str, text: str) -> None:
+        super().__init__(text)
+        self.which = which
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files: this side's certificate (and what leads from it to the CA) and key, and the CA of the other side."""
+
+    cert: Path
+    key: Path
+    ca: Path | None = None
+
+    def check(self) -> datetime:
+        """Read and compare them; returns when the first of the certificates expires. Raises TlsFileError."""
+        now = datetime.now(UTC)
+        ends = [_valid_until("cert", self.cert, now)]
+        _check_key(self.key)
+        if self.ca is not None:
+            ends.append(_valid_until("ca", self.ca, now))
+        self.load_into(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+        return min(ends)
+
+    def load_into(self, context: ssl.SSLContext) -> None:
+        """Give them to a context. Raises TlsFileError."""
+        try:
+            # Without a password callback, OpenSSL would ask for one on the terminal.
+            context.load_cert_chain(self.cert, self.key, password=_no_password)
+        except ssl.SSLError as error:
+            if error.reason == "KEY_VALUES_MISMATCH":
+                raise TlsFileError("key", f"{self.key} is not the key of {self.cert}") from None
+            raise TlsFileError("key", f"{self.key} is not a private key without a password, in PEM") from None
+        except OSError as error:
+            raise TlsFileError("cert", f"{self.cert} or {self.key} cannot be read ({error.strerror})") from None
+        if self.ca is not None:
+            try:
+                context.load_verify_locations(self.ca)
+            except (OSError, ssl.SSLError) as error:
+                raise TlsFileError("ca", f"{self.ca} cannot be read ({error.strerror})") from None
+            context.verify_mode = ssl.CERT_REQUIRED
+
+
+@dataclass(frozen=True)
+class ServerTls:
+    """TLS of a server: whether clients may or must use it, and with what."""
+
+    mode: TlsMode
+    context: ssl.SSLContext
+
+
+def server_tls(mode: TlsMode, files: TlsFiles) -> ServerTls:
+    """TLS 1.2 or newer; with a CA, clients have to show a certificate of it. Raises TlsFileError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # Nothing is resumed, and keys are not negotiated anew in the middle of a connection.
+    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_TICKET
+    context.num_tickets = 0
+    files.load_into(context)
+    return ServerTls(mode, context)
+
+
+def _no_password() -> str:
+    return ""
+
+
+def _read(which: str, path: Path) -> bytes:
+    try:
+        # O_NONBLOCK so that a FIFO in its place cannot hang us.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise TlsFileError(which, f"{path} does not exist") from None
+    except OSError as error:
+        raise TlsFileError(which, f"{path} cannot be read ({error.strerror})") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise TlsFileError(which, f"{path} is not a regular file")
+    with os.fdopen(descriptor, "rb") as stream:
+        return stream.read()
+
+
+def _valid_until(which: str, path: Path, now: datetime) -> datetime:
+    from cryptography import x509  # not needed where there is no TLS
+
+    try:
+        certificates: Iterable[x509.Certificate] = x509.load_pem_x509_certificates(_read(which, path))
+    except ValueError:
+        raise TlsFileError(which, f"{path} is not a certificate in PEM") from None
+    for certificate in certificates:
+        if certificate.not_valid_after_utc <= now:
+            raise TlsFileError(which, f"{path} has expired, on {certificate.not_valid_after_utc:%Y-%m-%d}: renew it")
+        if certificate.not_valid_before_utc > now:
+            begins = f"{certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC"
+            raise TlsFileError(which, f"{path} is not valid before {begins}: look at this machine's clock")
+    return min(certificate.not_valid_after_utc for certificate in certificates)
+
+
+def _check_key(path: Path) -> None:
+    """Refuse a key that others may read: they could be this server."""
+    _read("key", path)
+    status = path.stat()
+    if status.st_uid not in (os.geteuid(), 0):
+        raise TlsFileError("key", f"{path} belongs to user {status.st_uid}: it must be root's or this user's")
+    if status.st_mode & 0o077:
+        mode = stat.S_IMODE(status.st_mode)
+        raise TlsFileError("key", f"{path} has mode {mode:04o} and others may use it: run `chmod 600 {path}`")

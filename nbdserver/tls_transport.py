@@ -1,0 +1,298 @@
+"""TLS on top of a transport, for a `BufferedProtocol`: what `loop.start_tls` does, and what it does not.
+
+The transports of asyncio and uvloop cannot half-close under TLS (a client that is drained would lose its replies, or
+the drain would have to wait for it), and drop the alert that tells the other side why a handshake failed. This one has
+no buffer of its own, either: what is written is encrypted and handed down at once, and the flow control is that of the
+transport below.
+"""
+
+import asyncio
+import contextlib
+import ssl
+from collections.abc import Callable, Iterable
+from typing import Any, Final, cast
+
+_RECEIVE_BYTES: Final = 128 * 1024
+#: How long a side that was refused has to read the alert before the connection is reset.
+_LINGER_S: Final = 1.0
+#: The first byte of a record that can begin a connection (RFC 8446, section 5.1): a handshake, or an alert.
+_RECORD_TYPES: Final = (0x16, 0x15)
+
+Buffer = bytes | bytearray | memoryview
+
+
+class TlsFailure(ConnectionError):
+    """TLS did not come about, or was broken; the text says why, as part of a sentence."""
+
+
+class NotTls(TlsFailure):
+    """What the other side sent first is not TLS."""
+
+
+class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
+    """The transport for the protocol above and the protocol of the transport `below`.
+
+    `finished` is called once, with None when the handshake is done, or with why it failed; nothing is delivered before
+    that. On a failure it may still say something in plain on `below`; that is closed in any case. Who bounds the time
+    of the handshake is the caller. The protocol above (`set_protocol`) is told of the connection's end, not of its
+    beginning.
+    """
+
+    def __init__(
+        self,
+        below: asyncio.Transport,
+        context: ssl.SSLContext,
+        *,
+        server_side: bool,
+        finished: Callable[[TlsFailure | None], None],
+    ) -> None:
+        super().__init__()
+        self._below = below
+        self._finished = finished
+        self._incoming = ssl.MemoryBIO()
+        self._outgoing = ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
+        self._memory = memoryview(bytearray(_RECEIVE_BYTES))
+        self._above: asyncio.BufferedProtocol | None = None
+        self._shaking = True
+        self._heard = False
+        self._reading = True
+        self._pumping = False
+        self._deaf = False  # what arrives is thrown away
+        self._said_end = False  # close_notify was sent
+        self._keep_open = False  # the other side has ended its direction, ours goes on
+        self._closing = False
+        self._failure: TlsFailure | None = None
+        below.set_protocol(self)
+        if not server_side:
+            self._shake()
+
+    @property
+    def peer_certificate(self) -> dict[str, Any]:
+        """The verified certificate of the other side, as `ssl.SSLSocket.getpeercert` has it; empty without one."""
+        return cast(dict[str, Any], self._tls.getpeercert() or {})
+
+    # ── the handshake ────────────────────────────────────────────────────────────────────────────────────────
+
+    def _shake(self) -> None:
+        try:
+            self._tls.do_handshake()
+        except ssl.SSLWantReadError:
+            self._send_down()
+            return
+        except ssl.SSLError as error:
+            self._send_down()  # the alert
+            self._fail(TlsFailure(_words(error)))
+            return
+        self._send_down()
+        self._shaking = False
+        self._finished(None)
+        self._pump()
+
+    def _fail(self, failure: TlsFailure) -> None:
+        self._shaking = False
+        self._deaf = True
+        self._finished(failure)
+        # Closing with unread input would send a reset, which can destroy what says why.
+        if self._below.is_closing():
+            return
+        self._below.resume_reading()
+        if self._below.can_write_eof():
+            self._below.write_eof()
+        asyncio.get_running_loop().call_later(_LINGER_S, self._below.abort)
+
+    # ── the protocol of the transport below ──────────────────────────────────────────────────────────────────
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._memory
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self._deaf:
+            return
+        if not self._heard:
+            self._heard = True
+            if self._memory[0] not in _RECORD_TYPES:
+                self._fail(NotTls("what it sent is not TLS"))
+                return
+        self._incoming.write(self._memory[:nbytes])
+        if self._shaking:
+            self._shake()
+        else:
+            self._pump()
+
+    def eof_received(self) -> bool:
+        if self._shaking:
+            self._fail(TlsFailure("it hung up during the TLS handshake"))
+        return self._keep_open
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._closing = self._deaf = True
+        if self._shaking:
+            self._shaking = False
+            self._finished(TlsFailure("the connection was lost during the TLS handshake"))
+        above, self._above = self._above, None
+        if above is not None:
+            above.connection_lost(self._failure or exc)
+
+    def pause_writing(self) -> None:
+        if self._above is not None:
+            self._above.pause_writing()
+
+    def resume_writing(self) -> None:
+        if self._above is not None:
+            self._above.resume_writing()
+
+    # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _pump(self) -> None:
+        """Decrypt what is there, as far as the protocol above wants it."""
+        if self._pumping:
+            return
+        self._pumping = True
+        try:
+            more = True
+            while more and self._reading and not self._deaf and self._above is not None:
+                more = self._deliver(self._above)
+        finally:
+            self._pumping = False
+        self._send_down()  # what TLS itself has to answer
+
+    def _deliver(self, above: asyncio.BufferedProtocol) -> bool:
+        """Fill one buffer of the protocol above. False: nothing more is there."""
+        room = memoryview(above.get_buffer(-1))
+        filled, size = 0, len(room)
+        ended = False
+        failure: TlsFailure | None = None
+        try:
+            # Asking first: an exception for each "nothing more" would cost more than the decryption of a small record.
+            while filled < size and (self._incoming.pending or self._tls.pending()):
+                count = cast(
+                    int, self._tls.read(size - filled, room[filled:])
+                )  # it says bytes, which is without a buffer
+                if count == 0:
+                    ended = True
+                    break
+                filled += count
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLZeroReturnError:
+            ended = True
+        except ssl.SSLError as error:
+            failure = TlsFailure(_words(error))
+        if filled:
+            above.buffer_updated(filled)
+        if failure is not None:
+            self._break(failure)
+        elif ended and not self._deaf:
+            self._deaf = True
+            self._keep_open = bool(above.eof_received())
+            if not self._keep_open:
+                self.close()
+        return filled == size > 0
+
+    def _break(self, failure: TlsFailure) -> None:
+        self._failure = failure
+        self._send_down()
+        self.abort()
+
+    def is_reading(self) -> bool:
+        return self._reading
+
+    def pause_reading(self) -> None:
+        self._reading = False
+        if not self._below.is_closing():
+            self._below.pause_reading()
+
+    def resume_reading(self) -> None:
+        self._reading = True
+        if not self._below.is_closing():
+            self._below.resume_reading()
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def write(self, data: Buffer) -> None:
+        if self._said_end or self._closing:
+            return
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[self._tls.write(view) :]
+        except ssl.SSLError as error:
+            self._break(TlsFailure(_words(error)))
+            return
+        self._send_down()
+
+    def writelines(self, list_of_data: Iterable[Buffer]) -> None:
+        # One piece: every write to TLS begins a record of its own.
+        self.write(b"".join(list_of_data))
+
+    def _send_down(self) -> None:
+        if self._outgoing.pending and not self._below.is_closing():
+            self._below.write(self._outgoing.read())
+
+    def can_write_eof(self) -> bool:
+        return self._below.can_write_eof()
+
+    def write_eof(self) -> None:
+        """Say (close_notify) that nothing more will come. What arrives from now on is thrown away."""
+        self._deaf = True
+        self._say_end()
+        if not self._below.is_closing():
+            self._below.write_eof()
+
+    def _say_end(self) -> None:
+        if self._said_end or self._shaking or self._closing:
+            return
+        self._said_end = True
+        # It complains about what the other side has not said or still sends; the notice is made first.
+        with contextlib.suppress(ssl.SSLError):
+            self._tls.unwrap()
+        self._send_down()
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        self._below.set_write_buffer_limits(high, low)
+
+    def get_write_buffer_size(self) -> int:
+        return self._below.get_write_buffer_size()
+
+    def get_write_buffer_limits(self) -> tuple[int, int]:
+        return self._below.get_write_buffer_limits()
+
+    # ── the rest of a transport ──────────────────────────────────────────────────────────────────────────────
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return self._tls if name == "ssl_object" else self._below.get_extra_info(name, default)
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        self._above = cast(asyncio.BufferedProtocol, protocol)
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        assert self._above is not None
+        return self._above
+
+    def is_closing(self) -> bool:
+        return self._closing or self._below.is_closing()
+
+    def close(self) -> None:
+        self._deaf = True
+        self._say_end()
+        self._closing = True
+        self._below.close()
+
+    def abort(self) -> None:
+        self._closing = self._deaf = True
+        self._below.abort()
+
+
+def _words(error: ssl.SSLError) -> str:
+    """What was wrong, without OpenSSL's numbers."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is refused ({error.verify_message})"
+    reason = error.reason or str(error)
+    if "PEER_DID_NOT_RETURN_A_CERTIFICATE" in reason:
+        return "it showed no certificate"
+    _, alert, said = reason.partition("ALERT_")
+    if alert:
+        return f"it refused the connection ({said.replace('_', ' ').lower()})"
+    return f"TLS failed ({reason.replace('_', ' ').lower()})"
