@@ -3,12 +3,15 @@
 import os
 import ssl
 import stat
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nbdserver.handshake import TlsMode
+
+if TYPE_CHECKING:
+    from cryptography import x509
 
 
 class TlsFileError(Exception):
@@ -20,6 +23,17 @@ class TlsFileError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Certified:
+    """What a certificate says: the DNS names it is for, whether the CA that was given signed it (None: there is none),
+    and when the first of the certificates involved expires.
+    """
+
+    names: frozenset[str]
+    by_ca: bool | None
+    not_after: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class TlsFiles:
     """PEM files: this side's certificate (and what leads from it to the CA) and key, and the CA of the other side."""
 
@@ -27,15 +41,24 @@ class TlsFiles:
     key: Path
     ca: Path | None = None
 
-    def check(self) -> datetime:
-        """Read and compare them; returns when the first of the certificates expires. Raises TlsFileError."""
-        now = datetime.now(UTC)
-        ends = [_valid_until("cert", self.cert, now)]
+    def check(self) -> Certified:
+        """Read and compare them. Raises TlsFileError."""
+        from cryptography import x509
+
+        chain = _certificates("cert", self.cert)
         _check_key(self.key)
-        if self.ca is not None:
-            ends.append(_valid_until("ca", self.ca, now))
+        authorities = _certificates("ca", self.ca) if self.ca is not None else []
         self.load_into(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
-        return min(ends)
+        try:
+            names = chain[0].extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+            dns_names = frozenset(names.get_values_for_type(x509.DNSName))
+        except x509.ExtensionNotFound:
+            dns_names = frozenset()
+        return Certified(
+            dns_names,
+            any(_signed(chain[-1], authority) for authority in authorities) if authorities else None,
+            min(certificate.not_valid_after_utc for certificate in (*chain, *authorities)),
+        )
 
     def load_into(self, context: ssl.SSLContext) -> None:
         """Give them to a context. Raises TlsFileError."""
@@ -94,20 +117,32 @@ def _read(which: str, path: Path) -> bytes:
         return stream.read()
 
 
-def _valid_until(which: str, path: Path, now: datetime) -> datetime:
+def _certificates(which: str, path: Path) -> "list[x509.Certificate]":
+    """All that are in the file, each of them valid now."""
     from cryptography import x509  # not needed where there is no TLS
 
     try:
-        certificates: Iterable[x509.Certificate] = x509.load_pem_x509_certificates(_read(which, path))
+        certificates = x509.load_pem_x509_certificates(_read(which, path))
     except ValueError:
         raise TlsFileError(which, f"{path} is not a certificate in PEM") from None
+    now = datetime.now(UTC)
     for certificate in certificates:
         if certificate.not_valid_after_utc <= now:
             raise TlsFileError(which, f"{path} has expired, on {certificate.not_valid_after_utc:%Y-%m-%d}: renew it")
         if certificate.not_valid_before_utc > now:
             begins = f"{certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC"
             raise TlsFileError(which, f"{path} is not valid before {begins}: look at this machine's clock")
-    return min(certificate.not_valid_after_utc for certificate in certificates)
+    return certificates
+
+
+def _signed(certificate: "x509.Certificate", authority: "x509.Certificate") -> bool:
+    from cryptography.exceptions import InvalidSignature
+
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
 
 
 def _check_key(path: Path) -> None:

@@ -15,8 +15,9 @@ from typing import Any, Final, cast
 _RECEIVE_BYTES: Final = 128 * 1024
 #: How long a side that was refused has to read the alert before the connection is reset.
 _LINGER_S: Final = 1.0
-#: The first byte of a record that can begin a connection (RFC 8446, section 5.1): a handshake, or an alert.
-_RECORD_TYPES: Final = (0x16, 0x15)
+#: The first byte of the records that can begin a connection (RFC 8446, section 5.1).
+TLS_HANDSHAKE: Final = 0x16
+_ALERT: Final = 0x15
 
 Buffer = bytes | bytearray | memoryview
 
@@ -111,7 +112,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
             return
         if not self._heard:
             self._heard = True
-            if self._memory[0] not in _RECORD_TYPES:
+            if self._memory[0] not in (TLS_HANDSHAKE, _ALERT):
                 self._fail(NotTls("what it sent is not TLS"))
                 return
         self._incoming.write(self._memory[:nbytes])
@@ -293,6 +294,8 @@ def _words(error: ssl.SSLError) -> str:
     if "PEER_DID_NOT_RETURN_A_CERTIFICATE" in reason:
         return "it showed no certificate"
     _, alert, said = reason.partition("ALERT_")
+    if (alert and "CERTIFICATE" in said) or said == "UNKNOWN_CA":
+        return f"it refused this side's certificate ({said.replace('_', ' ').lower()})"
     if alert:
         return f"it refused the connection ({said.replace('_', ' ').lower()})"
     return f"TLS failed ({reason.replace('_', ' ').lower()})"

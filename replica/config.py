@@ -7,13 +7,14 @@ guessed: an unknown key is an error, so that a typo can never silently leave a d
 import os
 import stat
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from replica import config_values as values
 from replica.config_file import ConfigError, ConfigFile, Table, suggestion
-from replica.config_values import Listen
+from replica.config_tls import Tls, link_tls, nbd_tls
+from replica.config_values import Listen, NbdTls, TlsPaths
 from replica.hooks import MAX_TIMEOUT_S, MIN_TIMEOUT_S, Event, HookSettings
 from replica.split_brain import Policies
 from replica.toml_lines import KeyPath
@@ -44,6 +45,7 @@ class Node:
 
     name: str
     address: str
+    tls: TlsPaths | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ class ResourceSide:
     protocol: str  # "A", "B" or "C"
     port: int
     nbd: Listen
+    nbd_tls: NbdTls
     backing: Path
     data_integrity: bool
     timeout_s: float
@@ -77,6 +80,7 @@ class Resource:
     local: ResourceSide
     peer: ResourceSide
     hooks: HookSettings
+    tls: Tls | None = None  # of this node's NBD clients; None: off
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,7 @@ class Config:
     resources: Mapping[str, Resource]
     #: Whether this machine is `node`. It is not where only a client runs, and `node` is then one of the two.
     is_member: bool = True
+    tls: Tls | None = None  # of the peer link; None: off
 
     def resource(self, name: str | None = None) -> Resource:
         """The resource ``name``, or the only one when ``name`` is None; raises `ConfigError`."""
@@ -138,6 +143,7 @@ _RESOURCE_KEYS: dict[str, _Setting] = {
     "protocol": _Setting("protocol", values.one_of("A", "B", "C"), "C"),
     "port": _Setting("port", values.integer(1, 65535), _REQUIRED),
     "nbd": _Setting("nbd", values.listen, _REQUIRED),
+    "nbd-tls": _Setting("nbd_tls", values.nbd_tls, NbdTls()),
     "backing": _Setting("backing", values.text, _REQUIRED),
     "data-integrity": _Setting("data_integrity", values.boolean, False),
     "timeout-s": _TIMEOUT,
@@ -165,8 +171,8 @@ def load_config(
     """Read the file as ``node`` sees it; raises `ConfigError`.
 
     ``path`` defaults to ``$REPLICA_CONFIG`` or /etc/replica/replica.toml, ``node`` to ``$REPLICA_NODE`` or
-    the name of this machine. With ``need_secret=False`` the secret file is not looked at (for commands that
-    only talk to a daemon), and ``cluster.secret`` is empty. With ``may_be_client=True`` this machine need not be a
+    the name of this machine. With ``need_secret=False`` the secret file and those of TLS are not looked at (for
+    commands that only talk to a daemon), and ``cluster.secret`` is empty. With ``may_be_client=True`` this machine need not be a
     node, see `Config.is_member`.
     """
     file = ConfigFile(Path(path or os.environ.get("REPLICA_CONFIG") or DEFAULT_PATH).absolute())
@@ -183,8 +189,11 @@ def load_config(
     if not resources:
         raise file.error(("resource",), f"is empty: {wanted}")
     _check_clashes(file, resources)
-    cluster = _read_cluster(top.subtable("cluster", "name the cluster and its secret-file"), need_secret)
-    return Config(file.path, cluster, here, peer, resources, is_member)
+    cluster_table = top.subtable("cluster", "name the cluster and its secret-file")
+    cluster = _read_cluster(cluster_table, need_secret)
+    resources = {name: _with_tls(file, resource, need_secret) for name, resource in resources.items()}
+    tls = _read_link_tls(cluster_table, here, peer, need_secret)
+    return Config(file.path, cluster, here, peer, resources, is_member, tls)
 
 
 def _read_nodes(file: ConfigFile, top: Table) -> dict[str, Node]:
@@ -193,9 +202,10 @@ def _read_nodes(file: ConfigFile, top: Table) -> dict[str, Node]:
     for name in table.items:
         _check_name(file, ("node", name), name)
         settings = table.subtable(name)
-        settings.check_keys(("address",))
+        settings.check_keys(("address", "tls"))
         address = settings.value("address", values.address, "give the node's IP address or host name")
-        nodes[name] = Node(name, address)
+        tls = settings.value("tls", values.link_tls) if "tls" in settings.items else None
+        nodes[name] = Node(name, address, tls)
     if len(nodes) != _NODES:
         raise file.error(("node",), f"exactly two nodes are supported, not {len(nodes)} ({', '.join(nodes) or 'none'})")
     return nodes
@@ -216,7 +226,7 @@ def _node_name(name: str | None) -> str:
 
 
 def _read_cluster(table: Table, need_secret: bool) -> Cluster:
-    table.check_keys(("name", "secret-file", "state-dir", "run-dir"))
+    table.check_keys(("name", "secret-file", "state-dir", "run-dir", "tls"))
     file = table.file
     name = table.value("name", values.name, "name the cluster")
     secret_file = file.resolve(table.value("secret-file", values.text, "name the file of the shared secret"))
@@ -253,6 +263,28 @@ def _read_secret(file: ConfigFile, path: Path) -> bytes:
     if not MIN_SECRET_BYTES <= len(secret) <= _MAX_SECRET_BYTES:
         raise refuse(f"must hold from {MIN_SECRET_BYTES} to {_MAX_SECRET_BYTES} bytes: {make_one}")
     return secret
+
+
+def _read_link_tls(table: Table, here: Node, peer: Node, read: bool) -> Tls | None:
+    """The peer link's TLS as this node uses it: of its own section, else of ``[cluster]``."""
+    common = table.value("tls", values.link_tls) if "tls" in table.items else None
+    paths = here.tls or common
+    if paths is None:
+        if peer.tls is not None:
+            problem = f"TLS of the peer link is for both nodes: set it for {here.name} as well, or in [cluster]"
+            raise table.file.error(("node", peer.name, "tls"), problem)
+        return None
+    if peer.tls is None and common is None:
+        problem = f"TLS of the peer link is for both nodes: set it for {peer.name} as well, or in [cluster]"
+        raise table.file.error(("node", here.name, "tls"), problem)
+    key = ("node", here.name, "tls") if here.tls is not None else (*table.key, "tls")
+    return link_tls(table.file, key, paths, here.name, read=read)
+
+
+def _with_tls(file: ConfigFile, resource: Resource, read: bool) -> Resource:
+    node = resource.local.node.name
+    key = _place(file, resource.name, node, "nbd-tls")
+    return replace(resource, tls=nbd_tls(file, key, resource.local.nbd_tls, node, read=read))
 
 
 def _read_resource(table: Table, here: Node, peer: Node, hooks: HookSettings) -> Resource:

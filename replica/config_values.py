@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from nbdserver.handshake import TlsMode
 from replica.split_brain import CASES, CHOICES, Policies, Policy
 
 _SIZE = re.compile(r"(\d+)\s*(?:([KMGTP])(?:iB)?)?", re.ASCII)
@@ -32,6 +33,23 @@ class Listen:
         if self.unix_path is not None:
             return f"unix:{self.unix_path}"
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class TlsPaths:
+    """The files of TLS as they stand in the file; ``%n`` in them is the node's name."""
+
+    cert: str
+    key: str
+    ca: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class NbdTls:
+    """``nbd-tls``; the files are there unless the mode is "off"."""
+
+    mode: TlsMode = TlsMode.OFF
+    paths: TlsPaths | None = None
 
 
 def size(value: object) -> int:
@@ -157,6 +175,42 @@ def after_split_brain(value: object) -> Policies:
 
 def _listed(choices: Sequence[str]) -> str:
     return " or ".join(part for part in (", ".join(choices[:-1]), choices[-1]) if part)
+
+
+_LINK_TLS = '{ cert = "certs/%n.crt", key = "certs/%n.key", ca = "certs/ca.crt" }'
+
+
+def link_tls(value: object) -> TlsPaths:
+    """The table of the files for the peer link: all three."""
+    if not isinstance(value, dict):
+        raise ValueError(f"must be a table such as {_LINK_TLS}, not {value!r}")
+    paths = _tls_paths(value, ("cert", "key", "ca"))
+    if paths.ca is None:
+        raise ValueError("needs ca, too: by it each node knows the other")
+    return paths
+
+
+def nbd_tls(value: object) -> NbdTls:
+    """The table of mode and files for NBD clients; without ``ca``, clients need no certificate."""
+    modes = tuple(map(str, TlsMode))
+    if not isinstance(value, dict) or value.get("mode") not in modes:
+        raise ValueError(f"must be a table with mode = {_listed(modes)}, and the files, not {value!r}")
+    if value["mode"] == TlsMode.OFF and len(value) == 1:
+        return NbdTls()
+    return NbdTls(TlsMode(value["mode"]), _tls_paths(value, ("mode", "cert", "key", "ca")))
+
+
+def _tls_paths(value: dict[str, object], known: tuple[str, ...]) -> TlsPaths:
+    for name, path in value.items():
+        if name not in known:
+            raise ValueError(f"has no key {name!r}: its keys are {', '.join(known)}")
+        if not isinstance(path, str) or not path.strip() or "\0" in path:
+            raise ValueError(f"{name} must be the path of a file, not {path!r}")
+    for name in ("cert", "key"):
+        if name not in value:
+            raise ValueError(f"needs {name}, the path of a file in PEM")
+    ca = value.get("ca")
+    return TlsPaths(str(value["cert"]), str(value["key"]), None if ca is None else str(ca))
 
 
 def address(value: object) -> str:

@@ -169,7 +169,11 @@ class Connector:
         try:
             async with asyncio.timeout(DIAL_TIMEOUT_S):
                 await self._runtime.dial(host, port, self._endpoints.local_host, lambda: link)
-        except (OSError, TimeoutError, ReplicaError) as error:
+        except ReplicaError as error:  # there is no TLS, and this says why
+            self._greeting.pop(link, None)
+            self._complain(str(error))
+            return 0.0
+        except (OSError, TimeoutError) as error:
             self._greeting.pop(link, None)
             words = getattr(error, "strerror", None) or str(error) or "no answer"
             self._complain(f"cannot reach {self._settings.identity.peer} at {host}:{port} ({words}).")

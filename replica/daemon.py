@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 import uvloop
@@ -16,9 +17,12 @@ import uvloop
 from nbdserver.activation import passed_sockets
 from nbdserver.limits import Limits
 from nbdserver.server import ListenError, Server
+from nbdserver.tls import ServerTls, TlsFileError, server_tls
 from replica import config as cfg
+from replica.config_tls import Tls
 from replica.control import ControlServer, SendEvent
 from replica.errors import ReplicaError
+from replica.link_tls import LinkTls
 from replica.resource import Resource
 from replica.runtime import HostRuntime
 from replica.supervisor import notify_supervisor
@@ -27,6 +31,9 @@ log = logging.getLogger("replica")
 
 #: A watcher sees progress at least this often while a resync runs.
 PROGRESS_INTERVAL_S: Final = 0.5
+#: Certificates that expire sooner are warned of, each day.
+EXPIRY_WARNING: Final = timedelta(days=30)
+_DAY_S: Final = 86400.0
 
 
 class Daemon:
@@ -35,11 +42,12 @@ class Daemon:
     def __init__(self, config: cfg.Config, resource: cfg.Resource) -> None:
         self._config = config
         self._cfg = resource
-        self.resource = Resource(config, resource, HostRuntime())
+        link_tls, nbd_tls = _make_tls(config, resource)
+        self.resource = Resource(config, resource, HostRuntime(link_tls))
         self._control = ControlServer(config.control_socket(resource.name), self._handle)
         settings = resource.local
         limits = Limits(max_connections=settings.max_nbd_connections, in_flight_bytes=settings.nbd_inflight_bytes)
-        self._nbd = Server(default=self.resource.export, limits=limits)
+        self._nbd = Server(default=self.resource.export, limits=limits, tls=nbd_tls)
         #: Listening sockets that systemd has passed, in place of the configured address.
         self._sockets: list[socket.socket] = []
         self._verbs = self._make_verbs()
@@ -56,6 +64,7 @@ class Daemon:
             await self.resource.start()
             try:
                 address = await self._listen()
+                self._look_at_certificates()
                 notify_supervisor("READY=1")
                 log.info("%s: %s is up, NBD at %s", self.resource.name, self.resource.node_name, address)
                 await stop.wait()
@@ -66,6 +75,12 @@ class Daemon:
                 await self._nbd.stop()
         finally:
             await self._control.stop()
+
+    def _look_at_certificates(self) -> None:
+        """Now, and each day."""
+        _warn_of_expiry(self.resource.name, "the peer link", self._config.tls)
+        _warn_of_expiry(self.resource.name, "the NBD server", self._cfg.tls)
+        asyncio.get_running_loop().call_later(_DAY_S, self._look_at_certificates)
 
     async def _listen(self) -> str:
         """Listen for clients, and return where, for the log."""
@@ -127,6 +142,30 @@ class Daemon:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(PROGRESS_INTERVAL_S if self.resource.syncing else None):
                         await changed.wait()
+
+
+def _make_tls(config: cfg.Config, resource: cfg.Resource) -> tuple[LinkTls | None, ServerTls | None]:
+    """TLS of the peer link and of the clients, from files that were checked with the configuration."""
+    try:
+        return (
+            None if config.tls is None else LinkTls(config.tls.files, config.node.name, config.peer.name),
+            None if resource.tls is None else server_tls(resource.tls.mode, resource.tls.files),
+        )
+    except TlsFileError as error:
+        raise ReplicaError(str(error)) from None
+
+
+def _warn_of_expiry(name: str, what: str, tls: Tls | None) -> None:
+    """(Those that have expired are refused by the other side.)"""
+    if tls is None or tls.not_after is None:
+        return
+    left = tls.not_after - datetime.now(UTC)
+    if left < EXPIRY_WARNING:
+        day = f"{tls.not_after:%Y-%m-%d}"
+        days = max(left.days, 0)
+        log.warning(
+            "%s: a certificate of %s expires on %s, in %d days: renew it and restart replicad", name, what, day, days
+        )
 
 
 async def _serve(config: cfg.Config, resource: cfg.Resource) -> None:

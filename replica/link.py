@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, cast
 
+from nbdserver.tls_transport import TLS_HANDSHAKE, TlsFailure
 from replica import auth, wire
 from replica.errors import ReplicaError
 
@@ -225,7 +226,12 @@ class PeerLink(asyncio.BufferedProtocol):
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.close(f"the connection broke ({exc})." if exc else "the peer closed the connection.")
+        if isinstance(exc, ReplicaError):  # TLS has not come about, and there never was a connection
+            self.close(str(exc))
+        elif isinstance(exc, TlsFailure):
+            self.close(f"TLS with {self._settings.identity.peer} failed: {exc}.")
+        else:
+            self.close(f"the connection broke ({exc})." if exc else "the peer closed the connection.")
 
     def pause_writing(self) -> None:
         """The socket is full; `congested` says so to whoever must hold back."""
@@ -301,6 +307,11 @@ class PeerLink(asyncio.BufferedProtocol):
         """Take frames one by one, each small, until the peer has proven itself."""
         while not self.open and not self.closed and self._end - self._start >= wire.HEADER_BYTES:
             kind, _, _, length, _, _, _ = wire.HEADER.unpack_from(self._view, self._start)
+            if kind == TLS_HANDSHAKE:
+                identity = self._settings.identity
+                raise wire.ProtocolError(
+                    f"{identity.peer} uses TLS on the peer link and {identity.node} does not: give both the same `tls`."
+                )
             if length > wire.MAX_GREETING_BYTES or kind not in (wire.HELLO, wire.AUTH, wire.ERROR):
                 raise wire.ProtocolError("the other end does not speak the link protocol.")
             stop = self._start + wire.HEADER_BYTES + length
@@ -399,9 +410,10 @@ class PeerLink(asyncio.BufferedProtocol):
         self.on_writes = None
         if self._timer is not None:
             self._timer.cancel()
-        self._transport.close()
-        # A close that the socket cannot finish (full buffer, dead peer) must not linger.
-        asyncio.get_running_loop().call_later(1.0, self._transport.abort)
+        if self.connected:
+            self._transport.close()
+            # A close that the socket cannot finish (full buffer, dead peer) must not linger.
+            asyncio.get_running_loop().call_later(1.0, self._transport.abort)
         lost = LinkLost(f"the connection to {self._settings.identity.peer} was lost: {reason}")
         futures: list[asyncio.Future[Any]] = [*self._waiting.values(), *self._requests.values()]
         for future in futures:

@@ -42,6 +42,7 @@ class Resource:
     def __init__(self, config: cfg.Config, resource: cfg.Resource, runtime: Runtime) -> None:
         self.config = config
         self.settings = resource.local
+        self.nbd_tls = resource.tls
         self.name = resource.name
         self.node_name = config.node.name
         self.peer_name = config.peer.name

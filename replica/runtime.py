@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from nbdserver.blockfile import BlockFile, BlockFileError
-from replica import hook_process
+from replica import hook_process, link_tls
 from replica.errors import ReplicaError
 from replica.metadata import MetadataFile
 from replica.store import FileOfMetadata, FileStore, Store, backing_fingerprint
@@ -89,8 +89,23 @@ class HostBacking:
         self._file.close()
 
 
+class _TlsListener:
+    """A listener with the connections that shake hands."""
+
+    def __init__(self, server: asyncio.AbstractServer, acceptor: link_tls.TlsAcceptor) -> None:
+        self._server = server
+        self._acceptor = acceptor
+
+    def close(self) -> None:
+        self._server.close()
+        self._acceptor.close()
+
+
 class HostRuntime:
-    """The real machine."""
+    """The real machine; with `tls`, connections to the peer use that."""
+
+    def __init__(self, tls: link_tls.LinkTls | None = None) -> None:
+        self._tls = tls
 
     def open_backing(self, path: Path) -> OpenBacking:
         """Open and lock the backing; ReplicaError when it is missing, in use or not a disk."""
@@ -110,22 +125,31 @@ class HostRuntime:
 
     async def listen(self, host: str, port: int, factory: ProtocolFactory) -> Listener:
         """Accept connections on host:port; ReplicaError when the port is taken or the address is not ours."""
+        acceptor = link_tls.TlsAcceptor(self._tls, factory) if self._tls is not None else None
         try:
-            return await asyncio.get_running_loop().create_server(factory, host, port, reuse_address=True)
+            server = await asyncio.get_running_loop().create_server(acceptor or factory, host, port, reuse_address=True)
         except OSError as error:
             raise ReplicaError(
                 f"cannot listen for the peer on {host}:{port} ({error.strerror or error}): "
                 "is another program using the port, or is the address not this node's?"
             ) from None
+        return server if acceptor is None else _TlsListener(server, acceptor)
 
     async def dial(self, host: str, port: int, local_host: str, factory: ProtocolFactory) -> None:
-        """Connect to host:port from this node's own address; OSError when that fails."""
-        loop = asyncio.get_running_loop()
-        transport, _ = await loop.create_connection(factory, host, port, local_addr=(local_host, 0))
-        peer_socket = transport.get_extra_info("socket")
-        if peer_socket is not None:
-            with contextlib.suppress(OSError):
-                peer_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        """Connect to host:port from this node's own address; OSError when that fails, ReplicaError when TLS does."""
+
+        async def connect(factory: ProtocolFactory) -> None:
+            loop = asyncio.get_running_loop()
+            transport, _ = await loop.create_connection(factory, host, port, local_addr=(local_host, 0))
+            peer_socket = transport.get_extra_info("socket")
+            if peer_socket is not None:
+                with contextlib.suppress(OSError):
+                    peer_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+        if self._tls is None:
+            await connect(factory)
+        else:
+            await link_tls.dial(self._tls, connect, factory)
 
     def random_bytes(self, count: int) -> bytes:
         """Unpredictable bytes."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from replica.bitmap import BLOCK_SIZE
+from replica.config_tls import Tls
 
 if TYPE_CHECKING:
     from replica.resource import Resource
@@ -37,7 +38,15 @@ def status_document(resource: "Resource") -> dict[str, Any]:
         },
         "volumes": [_volume(resource)],
         "nbd": {"listen": str(resource.settings.nbd), "clients": len(resource.export.clients)},
+        "tls": {"peer_link": _tls(resource.config.tls), "nbd": _tls(resource.nbd_tls)},
     }
+
+
+def _tls(tls: Tls | None) -> dict[str, Any] | None:
+    if tls is None:
+        return None
+    not_after = tls.not_after.isoformat(timespec="seconds") if tls.not_after is not None else None
+    return {"mode": str(tls.mode), "not_after": not_after}
 
 
 def _volume(resource: "Resource") -> dict[str, Any]:

@@ -33,9 +33,25 @@ def status_lines(status: dict[str, Any]) -> list[str]:
         for volume in status["volumes"]
         if volume.get("done_percent") is not None
     ]
+    if any((status.get("tls") or {}).values()):
+        lines.append(f"  TLS: {_tls_text(status['tls'])}")
     if status.get("last_error"):
         lines.append(f"  last error: {status['last_error']}")
     return lines
+
+
+def _tls_text(tls: dict[str, Any]) -> str:
+    """ "peer link until 2027-02-24, NBD (require) until 2027-02-24"."""
+    parts = []
+    if tls["peer_link"] is not None:
+        parts.append(f"peer link until {_day(tls['peer_link'])}")
+    if tls["nbd"] is not None:
+        parts.append(f"NBD ({tls['nbd']['mode']}) until {_day(tls['nbd'])}")
+    return ", ".join(parts)
+
+
+def _day(tls: dict[str, Any]) -> str:
+    return str(tls["not_after"]).partition("T")[0]
 
 
 def progress_text(volume: dict[str, Any]) -> str:

@@ -275,7 +275,7 @@ class Cluster:
     """Two nodes with one resource in `folder` (whose path must be short: it holds Unix sockets).
 
     `settings` are keys of [resource.NAME], as TOML values ('"C"', "true", "0.1"); what the file says for one node
-    only goes in `on`: {"node2": {"port": "7790"}}. `hooks` are keys of [hooks].
+    only goes in `on`: {"node2": {"port": "7790"}}. `hooks` are keys of [hooks], `tls` is that of [cluster].
     """
 
     resource = "r0"
@@ -287,6 +287,7 @@ class Cluster:
         size_bytes: int = 16 * MIB,
         on: Mapping[str, Mapping[str, str]] | None = None,
         hooks: Mapping[str, str] | None = None,
+        tls: str | None = None,
         **settings: str,
     ) -> None:
         self.folder = folder
@@ -303,6 +304,7 @@ class Cluster:
             **{name.replace("_", "-"): value for name, value in settings.items()},
         }
         self.hooks = dict(hooks or {})
+        self.tls = tls
         self.on = {node: dict(values) for node, values in (on or {}).items()}
         self.node1 = Node(self, "node1", "127.0.0.1")
         self.node2 = Node(self, "node2", "127.0.0.2")
@@ -316,13 +318,15 @@ class Cluster:
     # ── configuration ────────────────────────────────────────────────────────────────────────────────────────
 
     def configuration(self, **changes: str) -> str:
-        """The TOML file's text; `changes` of the resource's settings, and cluster_name, secret_file, port."""
+        """The TOML file's text; `changes` of the resource's settings, and cluster_name, secret_file, tls, port."""
         changes = {name.replace("_", "-"): value for name, value in changes.items()}
         cluster_name = changes.pop("cluster-name", '"test"')
         key = changes.pop("secret-file", '"cluster.key"')
+        tls = changes.pop("tls", self.tls)
         common = {"port": str(self.port), **self.settings, **changes}
         parts = [
             f'[cluster]\nname = {cluster_name}\nsecret-file = {key}\nstate-dir = "state"\nrun-dir = "run"',
+            f"tls = {tls}" if tls else "",
             f"[hooks]\n{_toml(self.hooks)}",
             *(f'[node.{node.name}]\naddress = "{node.address}"' for node in self.nodes),
             f"[resource.{self.resource}]\n" + _toml(common),

@@ -537,7 +537,13 @@ def test_stop_sends_those_away_who_shake_hands(run):
 
 
 def test_good_files(files):
-    assert files.check().tzinfo is not None
+    certified = files.check()
+    assert (certified.names, certified.by_ca) == ({HOST}, True)
+    assert certified.not_after.tzinfo is not None
+
+
+def test_a_certificate_of_another_ca(tmp_path, files):
+    assert TlsFiles(files.cert, files.key, Authority(tmp_path / "other").ca).check().by_ca is False
 
 
 def damaged(tmp_path: Path, files: TlsFiles, authority: Authority, what: str) -> tuple[TlsFiles, str, str]:
