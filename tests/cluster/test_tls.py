@@ -122,21 +122,23 @@ def test_a_certificate_of_another_ca_is_refused(new_cluster: Callable[..., Clust
     both_say(cluster, "certificate is refused (", "it refused this side's certificate (unknown ca)")
 
 
-@pytest.mark.parametrize("bad", ["node1", "node2"])
+@pytest.mark.parametrize(("bad", "expected"), [("node1", "node0"), ("node2", "node3")])
 def test_a_certificate_for_another_name_is_refused(
-    new_cluster: Callable[..., Cluster], short_dir: Path, bad: str
+    new_cluster: Callable[..., Cluster], short_dir: Path, bad: str, expected: str
 ) -> None:
     """It is valid, of the same CA; it is just not the peer's."""
     authority = authority_of(short_dir)
-    authority.files("other", "other")
+    authority.files(expected, expected)
     cluster = new_cluster(tls=TLS)
     node: Node = getattr(cluster, bad)
-    # Its own file names it as its certificate does; the other one expects another peer.
-    renamed = cluster.configuration().replace(f"node.{bad}]", "node.other]").replace(f"on.{bad}]", "on.other]")
+    # Its own file names it as its certificate does; the other one expects another peer (that dials, or listens, too).
+    renamed = (
+        cluster.configuration().replace(f"node.{bad}]", f"node.{expected}]").replace(f"on.{bad}]", f"on.{expected}]")
+    )
     node.peer.config = short_dir / "renamed.toml"
     node.peer.config.write_text(renamed)
     cluster.create().start()
-    shown = f"{node.peer.name} expected other's certificate at the other end of the link, and it is for {bad}."
+    shown = f"{node.peer.name} expected {expected}'s certificate at the other end of the link, and it is for {bad}."
     both_say(cluster, shown)
 
 
