@@ -22,8 +22,6 @@ class Owner(Directory, Protocol):
     """The server, as a connection sees it."""
 
     @property
-    def tls(self) -> ServerTls | None: ...
-    @property
     def claimants(self) -> Iterable[Claimant]: ...
     def admit(self, connection: "Connection") -> bool: ...
     def finished(self, connection: "Connection") -> None: ...
@@ -35,16 +33,17 @@ class Connection(asyncio.BufferedProtocol):
     `closed` is set when the transport is gone and none of its requests is under way any more.
     """
 
-    def __init__(self, owner: Owner, limits: Limits) -> None:
+    def __init__(self, owner: Owner, limits: Limits, tls: ServerTls | None = None) -> None:
         self.peer_name = "a client"
         self.closed = asyncio.Event()
         self.identity: ClientIdentity | None = None
         self._claiming: asyncio.Task[None] | None = None
         self._owner = owner
         self._limits = limits
+        self._tls = tls
         self._loop = asyncio.get_running_loop()
         self._received = ReceiveBuffer()
-        self._handshake: Handshake | None = Handshake(owner, owner.tls.mode if owner.tls else TlsMode.OFF)
+        self._handshake: Handshake | None = Handshake(owner, tls.mode if tls else TlsMode.OFF)
         self._export: Export | None = None
         self._engine: RequestEngine | None = None
         self._timers: list[asyncio.TimerHandle] = []
@@ -181,10 +180,9 @@ class Connection(asyncio.BufferedProtocol):
             self._go_on(handshake, handshake.claimed(refusal))
 
     def _start_tls(self, handshake: Handshake) -> None:
-        tls = self._owner.tls
-        assert tls is not None  # without it, STARTTLS is not understood
+        assert self._tls is not None  # without it, STARTTLS is not understood
         self._handshake = handshake
-        transport = TlsTransport(self._transport, tls.context, server_side=True, finished=self._tls_finished)
+        transport = TlsTransport(self._transport, self._tls.context, server_side=True, finished=self._tls_finished)
         transport.set_protocol(self)
         self._transport = transport
 

@@ -45,7 +45,7 @@ class Server:
         tls: ServerTls | None = None,
     ) -> None:
         self.limits = limits or Limits()
-        self.tls = tls
+        self._tls = tls
         self.default = default
         self.connections: dict[Connection, None] = {}  # a set in the order of their coming
         self._exports = {export.name: export for export in exports}
@@ -136,7 +136,7 @@ class Server:
     # ---- connections (nbdserver.connection.Owner)
 
     def _connection(self) -> Connection:
-        return Connection(self, self.limits)
+        return Connection(self, self.limits, self._tls)
 
     @property
     def claimants(self) -> Iterable[Connection]:

@@ -172,8 +172,8 @@ def load_config(
 
     ``path`` defaults to ``$REPLICA_CONFIG`` or /etc/replica/replica.toml, ``node`` to ``$REPLICA_NODE`` or
     the name of this machine. With ``need_secret=False`` the secret file and those of TLS are not looked at (for
-    commands that only talk to a daemon), and ``cluster.secret`` is empty. With ``may_be_client=True`` this machine need not be a
-    node, see `Config.is_member`.
+    commands that only talk to a daemon), and ``cluster.secret`` is empty. With
+    ``may_be_client=True`` this machine need not be a node, see `Config.is_member`.
     """
     file = ConfigFile(Path(path or os.environ.get("REPLICA_CONFIG") or DEFAULT_PATH).absolute())
     top = file.table((), file.document)

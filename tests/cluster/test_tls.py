@@ -3,10 +3,12 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +21,7 @@ import pytest
 from replica import wire
 from replica.certificates import issue
 from tests.certificates import PAST, Authority, save
-from tests.cluster.cluster import MIB, PATIENCE_S, Cluster, Node
+from tests.cluster.cluster import MIB, PATIENCE_S, Cluster, Node, free_port
 
 TLS = '{ cert = "certs/%n.crt", key = "certs/%n.key", ca = "certs/ca.crt" }'
 NBD_TLS = '{ mode = "require", cert = "certs/%n.crt", key = "certs/%n.key", ca = "certs/ca.crt" }'
@@ -339,6 +341,53 @@ def test_a_client_certificate_is_not_a_node(secured: Cluster) -> None:
     secured.quiesce().check_identical()
     assert sentence in secured.node2.log()
     assert secured.node2.status()["last_error"] == ""
+
+
+def test_the_document(libnbd: Any, new_cluster: Callable[..., Cluster]) -> None:
+    """The commands and the configuration of docs/tls.md, in their order, on a pair of this machine."""
+    for program, package in (("nbdinfo", "libnbd-bin"), ("qemu-img", "qemu-utils")):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed (Debian: {package})")
+    text = (Path(__file__).parents[2] / "docs" / "tls.md").read_text()
+    tables = dict(re.findall(r"^(tls|nbd-tls) = (\{.*?\})", text, re.MULTILINE))
+    port = free_port("127.0.0.1")
+    on = {"node1": {"nbd": f'"127.0.0.1:{port}"'}}
+    cluster = new_cluster(tls=tables["tls"], nbd_tls=tables["nbd-tls"], on=on)
+    tools = cluster.folder / "bin"
+    tools.mkdir()
+    (tools / "replicactl").write_text(f'#!/bin/sh\nexec {sys.executable} -m replica.cli "$@"\n')
+    (tools / "replicactl").chmod(0o755)
+    environment = cluster.node1.environment() | {
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "REPLICA_CONFIG": str(cluster.node1.config),
+        "REPLICA_NODE": "node1",
+    }
+
+    def run(command: str) -> str:
+        for theirs, ours in (
+            ("/etc/replica", str(cluster.folder)),
+            ("192.168.2.44/", f"127.0.0.1:{port}/"),
+            ("192.168.2.44,port=10809", f"127.0.0.1,port={port}"),
+        ):
+            command = command.replace(theirs, ours)
+        done = subprocess.run(
+            command, shell=True, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+        )
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        return done.stdout
+
+    commands = re.findall(r"^    (.+)$", text, re.MULTILINE)
+    make, client, info, image, more_hosts, renew = commands
+    run(make)
+    cluster.up()
+    run(client)
+    assert "newstyle-fixed with TLS" in run(info)
+    assert "16 MiB" in run(image)
+    run(more_hosts)
+    run(renew)
+    for node in cluster.nodes:
+        node.stop().start()
+        cluster.wait_in_sync()
 
 
 def test_a_renewed_certificate_is_used_after_a_restart(secured: Cluster) -> None:

@@ -425,7 +425,7 @@ def test_the_secret_is_not_shown(write: Callable[[str], Path]) -> None:
 def test_the_sample_file_is_valid(tmp_path: Path) -> None:
     sample = Path(__file__).parents[2] / "contrib/replica.toml"
     plain = load_config(sample, "node1", need_secret=False)
-    # The keys it shows as comments are the defaults: uncommenting them must change nothing but the rate, and the hooks.
+    # The keys it shows as comments are the defaults: uncommenting them must change nothing but the rate, TLS and hooks.
     text = sample.read_text().splitlines()
     lines = [line[1:] if line.startswith("#[") or (line.startswith("#") and " = " in line) else line for line in text]
     full = tmp_path / "full.toml"
@@ -433,7 +433,10 @@ def test_the_sample_file_is_valid(tmp_path: Path) -> None:
     shown = load_config(full, "node1", need_secret=False)
     assert shown.cluster == plain.cluster
     side, default = shown.resource().local, plain.resource().local
-    assert {name for name in side.__slots__ if getattr(side, name) != getattr(default, name)} == {"resync_rate_bytes_s"}
+    assert {name for name in side.__slots__ if getattr(side, name) != getattr(default, name)} == {
+        "resync_rate_bytes_s",
+        "nbd_tls",
+    }
     assert shown.resource().hooks.timeout_s == plain.resource().hooks.timeout_s
     assert shown.resource().hooks.commands
 

@@ -15,7 +15,7 @@ from nbdserver.limits import Limits
 from nbdserver.server import Server
 from nbdserver.tls import TlsFileError, TlsFiles, server_tls
 from tests.certificates import Authority
-from tests.unit.test_nbd_server import MIB, Bench, Client, MemoryDisk, request, write
+from tests.unit.nbd_bench import MIB, Bench, Client, MemoryDisk, request, write
 
 CLIENT_FLAGS = struct.pack(">I", 3)
 HOST = "server.test"
