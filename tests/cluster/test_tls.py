@@ -78,6 +78,14 @@ def test_a_link_that_hangs_is_found(secured: Cluster) -> None:
     secured.wait_in_sync().quiesce().check_identical()
 
 
+def test_the_words_of_a_peer_that_stands_alone_arrive(secured: Cluster) -> None:
+    secured.node2.ctl("disconnect")
+    stands_alone = "r0 is StandAlone on node2: run `replicactl connect r0` there."
+    secured.node1.wait_for(lambda status: stands_alone in status["last_error"])
+    secured.node2.ctl("connect")
+    secured.wait_in_sync()
+
+
 def test_the_status_tells_until_when(secured: Cluster) -> None:
     status = secured.node1.status()
     not_after = datetime.fromisoformat(status["tls"]["peer_link"]["not_after"])
@@ -399,6 +407,7 @@ def test_a_renewed_certificate_is_used_after_a_restart(secured: Cluster) -> None
     assert secured.node2.status()["tls"] != before
 
 
+@pytest.mark.slow
 def test_expired_while_it_ran(new_cluster: Callable[..., Cluster], short_dir: Path) -> None:
     """A node whose certificate expires keeps its link, and is refused when it makes a new one."""
     authority = authority_of(short_dir)
