@@ -250,10 +250,11 @@ def _read_secret(file: ConfigFile, path: Path) -> bytes:
         raise refuse(f"does not exist: {make_one}") from None
     except OSError as error:
         raise refuse(f"cannot be read ({error.strerror})") from None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise refuse(f"is not a regular file: {make_one}")
     with os.fdopen(descriptor, "rb") as stream:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise refuse(f"is not a regular file: {make_one}")
         if status.st_uid not in (os.geteuid(), 0):
             raise refuse(f"belongs to user {status.st_uid}: it must belong to root or to the user of replicad")
         if status.st_mode & 0o077:

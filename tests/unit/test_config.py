@@ -416,6 +416,9 @@ def test_a_secret_that_is_no_file(write: Callable[[str], Path], tmp_path: Path) 
     (tmp_path / "cluster.key").unlink()
     os.mkfifo(tmp_path / "cluster.key", 0o600)
     assert "is not a regular file" in error_of(file)
+    (tmp_path / "cluster.key").unlink()
+    (tmp_path / "cluster.key").mkdir(0o700)
+    assert "is not a regular file" in error_of(file)
 
 
 def test_the_secret_is_not_shown(write: Callable[[str], Path]) -> None:
