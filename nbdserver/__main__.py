@@ -16,6 +16,7 @@ from nbdserver.blockfile import BlockFile, BlockFileError
 from nbdserver.constants import MAX_STRING_BYTES
 from nbdserver.file_export import FileExport
 from nbdserver.handshake import TlsMode
+from nbdserver.log_limit import limit_log
 from nbdserver.server import DEFAULT_PORT, ListenError, Server
 from nbdserver.tls import ServerTls, TlsFileError, TlsFiles, server_tls
 
@@ -24,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 stopped by a signal, 1 refused with one sentence, 2 usage."""
     options = _parse(arguments)
     logging.basicConfig(format="nbdserver: %(message)s", level=logging.WARNING)
+    limit_log()
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(options))

@@ -27,3 +27,8 @@ class FewAlike(logging.Filter):
             began_s, count = record.created, 0
         self._seen[message] = (began_s, count + 1)
         return count < self._lines
+
+
+def limit_log() -> None:
+    """For programs, once, after they have set up logging: what clients cause is limited."""
+    logging.getLogger("nbdserver").addFilter(FewAlike())

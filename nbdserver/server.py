@@ -14,11 +14,9 @@ from typing import Any
 from nbdserver.connection import Connection
 from nbdserver.export import Export
 from nbdserver.limits import Limits
-from nbdserver.log_limit import FewAlike
 from nbdserver.tls import ServerTls
 
 log = logging.getLogger("nbdserver")
-log.addFilter(FewAlike())
 
 DEFAULT_PORT = 10809
 # Connections that the kernel keeps until they are accepted: with few, a crowd delays everybody else by seconds.

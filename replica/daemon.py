@@ -16,6 +16,7 @@ import uvloop
 
 from nbdserver.activation import passed_sockets
 from nbdserver.limits import Limits
+from nbdserver.log_limit import limit_log
 from nbdserver.server import ListenError, Server
 from nbdserver.tls import ServerTls, TlsFileError, server_tls
 from replica import config as cfg
@@ -194,6 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         stream=sys.stderr,
         format="%(levelname)s %(message)s" if under_systemd else "%(asctime)s %(levelname)s %(message)s",
     )
+    limit_log()
     try:
         config = cfg.load_config(args.config, args.node)
         uvloop.run(_serve(config, config.resource(args.resource)))
