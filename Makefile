@@ -27,7 +27,7 @@ SEEDS ?= 1000
 START ?= 1
 JOBS ?= 0
 
-.PHONY: help venv setup demo test lint format bench soak database power-cuts vm-setup vm-image sim sim-canaries fuzz test-vm clean
+.PHONY: help venv setup demo test lint format bench soak database power-cuts vm-setup vm-image sim sim-canaries fuzz clients test-vm clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
@@ -123,6 +123,9 @@ fuzz: venv ## fuzz every parser for SECONDS=60 in all; what breaks one is kept i
 	  || $(BIN)/python -m pip install --quiet --disable-pip-version-check '.[fuzz]' \
 	  || echo "fuzz: atheris cannot be installed here" >&2
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
+
+clients: setup ## every client across every kind of failover (make test runs a part of them)
+	REPLICA_ALL_CLIENTS=1 $(BIN)/python -m pytest tests/cluster/test_clients.py $(PYTEST_ARGS)
 
 clean: ## remove everything that was made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -202,6 +202,7 @@ class Load(threading.Thread):
         poll = select.poll()
         poll.register(self._wake_read, select.POLLIN if not self._stopping else 0)
         by_fd: dict[int, Any] = {}
+        patience_ms = 1000
         for index, handle in enumerate(self._handles):
             if handle is None:
                 continue
@@ -211,13 +212,16 @@ class Load(threading.Thread):
             self._fill(index)
             if self._handles[index] is None or (self._stopping and not self._flying[index]):
                 continue
+            if handle.aio_is_dead() or handle.aio_is_closed():  # found out as requests were sent
+                patience_ms = 0
+                continue
             direction = handle.aio_get_direction()
             fd = handle.aio_get_fd()
             by_fd[fd] = handle
             poll.register(fd, (select.POLLIN if direction & 1 else 0) | (select.POLLOUT if direction & 2 else 0))
         if not by_fd and (self._stopping or not any(self._handles)):
             return False
-        for fd, event in poll.poll(1000):
+        for fd, event in poll.poll(patience_ms):
             if fd == self._wake_read:
                 os.read(fd, 1)
             else:

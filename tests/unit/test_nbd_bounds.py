@@ -3,10 +3,12 @@
 import asyncio
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from nbdserver import constants as c
+from nbdserver.limits import Limits
 from nbdserver.receive_buffer import RECEIVE_BUFFER_BYTES
 from tests.fuzz import nbd_target
 from tests.fuzz.nbd_target import LIMITS, OPENINGS, SIZE_BYTES, Delivery
@@ -46,6 +48,13 @@ def push(stream: Iterator[bytes]) -> tuple[int, int]:
 
     found: tuple[int, int] = fixture.run(run())
     return found
+
+
+def test_the_documented_bound_is_the_real_one() -> None:
+    document = (Path(__file__).resolve().parents[2] / "docs/security.md").read_text()
+    assert f"**{Limits().client_bytes >> 20} MiB**" in document
+    assert f"{Limits().client_bytes * 64 / (1 << 30):.1f} GiB" in document
+    assert f"{8 * Limits(in_flight_bytes=8 << 20).client_bytes >> 20} MiB" in document
 
 
 @pytest.mark.parametrize("length", [0, 1, 4])
