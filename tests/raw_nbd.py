@@ -122,13 +122,13 @@ class RawClient:
         self.receive(10)
         return self
 
-    def push(self, data: bytes, times: int) -> int:
-        """Send it over and over without reading, until the server takes no more for a while; how often it did."""
+    def push(self, data: bytes, times: int, quiet_ms: int = 300) -> int:
+        """Send it over and over without reading, until the server takes no more for so long; how often it did."""
         self.socket.setblocking(False)
         poll = select.poll()
         poll.register(self.socket, select.POLLOUT)
         sent, at = 0, 0
-        while sent < times and poll.poll(300):
+        while sent < times and poll.poll(quiet_ms):
             try:
                 at += self.socket.send(data[at:])
             except BlockingIOError:
