@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from nbdserver.client_identity import ClientIdentity
 from replica.errors import ReplicaError
 from replica.kernel_device import places
-from replica.kernel_device.places import Place
+from replica.kernel_device.places import Place, Trust
 from replica.nbd_handshake import ExportInfo, NbdLost, NbdRefused, Shaker
 
 PROBE_TIMEOUT_S = 3.0
@@ -17,6 +17,8 @@ PROBE_TIMEOUT_S = 3.0
 CLAIM_TIMEOUT_S = 12.0
 #: When one node serves: how long the answer of the one that did so last is waited for.
 _LAST_SERVER_GRACE_S = 0.5
+_SILENT = "does not answer"
+_OTHER_PAST = "it serves a past that this client has left (split brain), demote it"
 
 
 class NobodyServes(ReplicaError):
@@ -58,14 +60,14 @@ def ask(place: Place, export: str) -> str | None:
     return None
 
 
-def find(candidates: list[Place], export: str, last: Place | None) -> Place:
-    """Who serves the export; raises `NobodyServes`. All are asked at once."""
+def find(candidates: list[Place], export: str, trust: Trust) -> Place:
+    """Who serves the export, and notes in `trust` what was seen; raises `NobodyServes`. All are asked at once."""
 
     def answer(place: Place) -> str | None:
         try:
             return ask(place, export)
         except TimeoutError:
-            return "does not answer"
+            return _SILENT
 
     pool = ThreadPoolExecutor(len(candidates))
     asked = {pool.submit(answer, place): place for place in candidates}
@@ -73,19 +75,26 @@ def find(candidates: list[Place], export: str, last: Place | None) -> Place:
     waiting, timeout_s = set(asked), None
     serving: list[Place] = []
     refusals: dict[Place, str] = {}
-    while waiting and last not in serving:
+    while waiting and trust.last not in serving:
         done, waiting = wait(waiting, timeout_s, FIRST_COMPLETED)
         for each in done:
-            refusal = each.result()
-            if refusal is None:
-                serving.append(asked[each])
+            place, refusal = asked[each], each.result()
+            if refusal is not None:
+                refusals[place] = refusal
+                continue
+            serving.append(place)
+            if place not in trust.left:
                 timeout_s = _LAST_SERVER_GRACE_S  # who was the Primary may answer, too
-            else:
-                refusals[asked[each]] = refusal
         if not done:
             break
-    chosen = places.choose(serving, last)
+    chosen = trust.choose(serving)
+    if chosen is not None:
+        trust.moved(chosen)
+    for place, refusal in refusals.items():
+        if refusal is not _SILENT:
+            trust.seen_idle(place)
     if chosen is None:
+        refusals |= dict.fromkeys(serving, _OTHER_PAST)
         raise NobodyServes(places.nobody_serves(export, {place: refusals[place] for place in candidates}))
     return chosen
 
@@ -100,7 +109,7 @@ def open_links(place: Place, export: str, identity: ClientIdentity, count: int) 
         for link in links:
             link.drop()
         if isinstance(error, (OSError, NbdRefused, NbdLost)):
-            why = "does not answer" if isinstance(error, TimeoutError) else str(error)
+            why = _SILENT if isinstance(error, TimeoutError) else str(error)
             raise NobodyServes(places.nobody_serves(export, {place: why})) from None
         raise
     return links

@@ -22,7 +22,7 @@ from replica.kernel_device import finder, netlink, places
 from replica.kernel_device.finder import Link, NobodyServes
 from replica.kernel_device.messages import Settings
 from replica.kernel_device.netlink import DeviceError, Driver, device_path
-from replica.kernel_device.places import Backend, Place
+from replica.kernel_device.places import Backend, Place, Trust
 
 log = logging.getLogger("replica")
 
@@ -61,7 +61,7 @@ class Keeper:
         self._client = os.urandom(16)
         self._connections = wish.connections
         self._size_bytes = 0
-        self._place: Place | None = None
+        self._trust = Trust()
         self._wake = asyncio.Event()
         self._listener = driver.listen()
         # Only the ends of the connections, not the kernel's own traffic on them, wake this process.
@@ -92,7 +92,7 @@ class Keeper:
             "resource": self._wish.resource,
             "device": self.device,
             "state": self.state,
-            "server": "" if self._place is None else str(self._place),
+            "server": str(self._trust.last or ""),
             "connections": self._connections,
             "size_bytes": self._size_bytes,
             "reconnects": self.reconnects,
@@ -217,14 +217,13 @@ class Keeper:
             identity = ClientIdentity(self._client, time.clock_gettime_ns(time.CLOCK_BOOTTIME))
             candidates, resource, count = list(self._wish.candidates), self._wish.resource, self._connections
             try:
-                place = await asyncio.to_thread(finder.find, candidates, resource, self._place)
+                place = await asyncio.to_thread(finder.find, candidates, resource, self._trust)
                 links = await asyncio.to_thread(finder.open_links, place, resource, identity, count)
             except NobodyServes as error:
                 self._set("searching", str(error))
                 delay_s = places.next_delay_s(delay_s)
                 await asyncio.sleep(delay_s)
                 continue
-            self._place = place
             return links
 
     async def _hand_over(self, links: list[Link]) -> bool:
@@ -258,11 +257,15 @@ class Keeper:
         return True
 
     async def _probe(self) -> bool:
-        """Whether the machine of the server answers at all."""
-        if self._place is None:
+        """Whether the machine of the server answers at all. Looks whether nodes that were left have ceased to serve."""
+        for place in list(self._trust.left):
+            with contextlib.suppress(TimeoutError):
+                if await asyncio.to_thread(finder.ask, place, self._wish.resource) is not None:
+                    self._trust.seen_idle(place)
+        if self._trust.last is None:
             return True
         try:
-            await asyncio.to_thread(finder.ask, self._place, self._wish.resource)
+            await asyncio.to_thread(finder.ask, self._trust.last, self._wish.resource)
         except TimeoutError:
             return False
         return True
@@ -279,7 +282,7 @@ class Keeper:
                 self._ends.register(link.socket, select.EPOLLRDHUP | select.EPOLLET)
 
     def _give_up(self, why: str) -> None:
-        log.warning("%s: %s: %s (%s)", self._wish.resource, self.device, why, self._place)
+        log.warning("%s: %s: %s (%s)", self._wish.resource, self.device, why, self._trust.last)
         self._drop_links()
         self._set("searching", why)
 

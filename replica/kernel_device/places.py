@@ -1,7 +1,7 @@
 """Where a resource may be served, whom to choose, and how long to wait (pure)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from replica.config import Config, Resource, ResourceSide
 
@@ -52,9 +52,33 @@ def _place(side: ResourceSide, *, is_here: bool) -> Place:
     return Place(node.name, host=host, port=listen.port)
 
 
-def choose(serving: Sequence[Place], last: Place | None) -> Place | None:
-    """Whom to connect to. If both nodes serve (split brain), a client stays with the past that it knows."""
-    return last if last in serving else next(iter(serving), None)
+@dataclass
+class Trust:
+    """Which of the nodes that serve a client may use without being shown another past (pure).
+
+    A node that the client has left while it was silent (frozen, cut off) may still be Primary when it is back, and lack
+    what the client wrote elsewhere meanwhile. So it is not used again before it was seen not to serve: from then on it
+    has to be promoted, which asks the other node or takes an operator's word.
+    """
+
+    last: Place | None = None
+    left: set[Place] = field(default_factory=set)
+
+    def choose(self, serving: Sequence[Place]) -> Place | None:
+        """Whom to connect to. If both nodes serve (split brain), a client stays with the past that it knows."""
+        usable = [place for place in serving if place not in self.left]
+        return self.last if self.last in usable else next(iter(usable), None)
+
+    def moved(self, place: Place) -> None:
+        """The client is connected there now."""
+        if self.last not in (None, place):
+            assert self.last is not None
+            self.left.add(self.last)
+        self.last = place
+
+    def seen_idle(self, place: Place) -> None:
+        """It was asked, and does not serve."""
+        self.left.discard(place)
 
 
 def nobody_serves(resource: str, answers: Mapping[Place, str]) -> str:

@@ -19,7 +19,7 @@ from replica.kernel_device import finder, messages, netlink, places
 from replica.kernel_device.finder import NobodyServes
 from replica.kernel_device.messages import Cmd, Family, Message, Settings
 from replica.kernel_device.netlink import DeviceError
-from replica.kernel_device.places import Backend, Place, Watchdog, choose, next_delay_s
+from replica.kernel_device.places import Backend, Place, Trust, Watchdog, next_delay_s
 
 little_endian = pytest.mark.skipif(sys.byteorder != "little", reason="the bytes are written down for little-endian")
 
@@ -176,20 +176,35 @@ ONE, TWO = Place("node1", host="a", port=1), Place("node2", host="b", port=1)
 
 
 @pytest.mark.parametrize(
-    ("serving", "last", "chosen"),
+    ("serving", "last", "left", "chosen"),
     [
-        ([], None, None),
-        ([], ONE, None),
-        ([TWO], None, TWO),
-        ([TWO], ONE, TWO),
-        ([ONE, TWO], TWO, TWO),
-        ([ONE, TWO], None, ONE),
+        ([], None, [], None),
+        ([], ONE, [], None),
+        ([TWO], None, [], TWO),
+        ([TWO], ONE, [], TWO),
+        ([ONE, TWO], TWO, [], TWO),
+        ([ONE, TWO], None, [], ONE),
+        ([ONE], TWO, [ONE], None),
+        ([ONE, TWO], TWO, [ONE], TWO),
     ],
 )
 def test_a_client_stays_with_the_past_that_it_knows(
-    serving: list[Place], last: Place | None, chosen: Place | None
+    serving: list[Place], last: Place | None, left: list[Place], chosen: Place | None
 ) -> None:
-    assert choose(serving, last) == chosen
+    assert Trust(last, set(left)).choose(serving) == chosen
+
+
+def test_a_node_that_was_left_is_used_again_only_after_it_was_seen_not_to_serve() -> None:
+    trust = Trust()
+    trust.moved(ONE)
+    trust.moved(ONE)
+    assert trust.choose([ONE]) == ONE
+    trust.moved(TWO)
+    assert trust.choose([ONE]) is None
+    trust.seen_idle(ONE)
+    assert trust.choose([ONE]) == ONE
+    trust.moved(ONE)
+    assert trust.choose([TWO]) is None
 
 
 def test_delays_grow_up_to_a_limit() -> None:
@@ -242,9 +257,16 @@ def test_the_primary_is_found_and_opened(short_dir: Path) -> None:
         await primary.listen_unix(str(there.unix_path))
         try:
             # One that is silent holds nobody up who does not need it.
-            assert await asyncio.to_thread(finder.find, [silent, here, there], "r0", silent) == there
+            trust = Trust(last=silent)
+            assert await asyncio.to_thread(finder.find, [silent, here, there], "r0", trust) == there
+            assert trust == Trust(there, {silent})
+            # One that answers, and does not serve, may be used again when it does.
+            assert await asyncio.to_thread(finder.find, [here, there], "r0", moved := Trust(last=here)) == there
+            assert moved == Trust(there, set())
+            with pytest.raises(NobodyServes, match="a past that this client has left"):
+                await asyncio.to_thread(finder.find, [here, there], "r0", Trust(here, {there}))
             with pytest.raises(NobodyServes, match=r"node1 .*is Secondary on node1; node1 .*No such file"):
-                await asyncio.to_thread(finder.find, [here, gone], "r0", there)
+                await asyncio.to_thread(finder.find, [here, gone], "r0", Trust(last=there))
             with pytest.raises(TimeoutError):
                 await asyncio.to_thread(finder.ask, silent, "r0")
             first = await asyncio.to_thread(finder.open_links, there, "r0", ClientIdentity(b"c" * 16, 1), 2)
