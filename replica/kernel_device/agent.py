@@ -6,7 +6,6 @@ program: a new one goes on with the device. `replicactl unmap` detaches it.
 
 import argparse
 import asyncio
-import contextlib
 import logging
 import signal
 import sys
@@ -67,6 +66,7 @@ class Agent:
             async with asyncio.TaskGroup() as group:
                 group.create_task(keeper.run())
                 group.create_task(self._finish_start(keeper))
+            await self._stop.wait()  # `unmap` ends the keeper before it has its own answer
 
         working = asyncio.create_task(work())
         stopping = asyncio.create_task(self._stop.wait())
@@ -74,18 +74,24 @@ class Agent:
         stopping.cancel()
         if not working.done():
             working.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            try:
-                await working
-            except* ReplicaError as errors:
-                raise _first(errors) from None
+        try:
+            await working
+        except asyncio.CancelledError:
+            pass
+        except BaseExceptionGroup as errors:
+            raise _first(errors) from None
 
     async def _finish_start(self, keeper: Keeper) -> None:
         async with self._changed:
             await self._changed.wait_for(lambda: keeper.is_usable)
         if self._mount is not None and not is_mounted(keeper.device, self._mount):
             kind = [] if self._file_system is None else ["-t", self._file_system]
-            await _run_program("mount", *kind, "--mkdir", keeper.device, str(self._mount))
+            try:
+                await _run_program("mount", *kind, "--mkdir", keeper.device, str(self._mount))
+            except ReplicaError:
+                if keeper.is_new:
+                    await keeper.detach()
+                raise
         self._mounted = self._mount is not None
         self._ready = True
         notify_supervisor("READY=1")

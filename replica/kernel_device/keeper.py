@@ -47,6 +47,10 @@ class Wish:
     dead_timeout_s: int
 
 
+class _Detached(Exception):
+    """The device was detached by `detach`: nothing is to be kept any more."""
+
+
 class Keeper:
     """The device of one resource. `changed` is called whenever `status` has."""
 
@@ -62,6 +66,8 @@ class Keeper:
         self._connections = wish.connections
         self._size_bytes = 0
         self._trust = Trust()
+        self._detaching = False
+        self.is_new = False  # attached by this program, which did not find it attached
         self._wake = asyncio.Event()
         self._listener = driver.listen()
         # Only the ends of the connections, not the kernel's own traffic on them, wake this process.
@@ -155,10 +161,15 @@ class Keeper:
                 link.drop()
             raise
         self._backend = backend
+        self.is_new = True
         self._use(links)
 
     async def run(self) -> None:
-        """Until cancelled; raises `DeviceError` when the device is detached by somebody else."""
+        """Until cancelled, or `detach`; raises `DeviceError` when the device is detached by somebody else."""
+        with contextlib.suppress(_Detached):
+            await self._run()
+
+    async def _run(self) -> None:
         watchdog = places.Watchdog()
         while True:
             if self.state != "attached":
@@ -183,6 +194,7 @@ class Keeper:
         users = await asyncio.to_thread(netlink.users_sentence, index)
         if users is not None:
             raise DeviceError(users)
+        self._detaching = True
         await asyncio.to_thread(self._driver.disconnect, index)
         self._index = None
         self._drop_links()
@@ -251,8 +263,7 @@ class Keeper:
                     async with asyncio.timeout(_OFFER_INTERVAL_S):
                         await self._wake.wait()
                 if self._hangs_up(links):
-                    for each in links:
-                        each.drop()
+                    self._end(links)
                     return False
         return True
 
@@ -287,9 +298,14 @@ class Keeper:
         self._set("searching", why)
 
     def _drop_links(self) -> None:
-        for link in self._links:
-            link.drop()
+        self._end(self._links)
         self._links = []
+
+    def _end(self, links: list[Link]) -> None:
+        for link in links:
+            with contextlib.suppress(FileNotFoundError):
+                self._ends.unregister(link.socket)
+            link.drop()
 
     def _any_dead(self) -> bool:
         return self._hangs_up(self._links)
@@ -302,6 +318,8 @@ class Keeper:
         return bool(poll.poll(0))
 
     def _check_attached(self) -> None:
+        if self._detaching:
+            raise _Detached
         if self._index is not None and not netlink.is_attached(self._index):
             raise DeviceError(f"{self.device} was detached by somebody else: map {self._wish.resource} again")
 

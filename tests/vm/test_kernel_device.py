@@ -141,6 +141,17 @@ def test_what_is_refused_is_one_sentence(both: TwoInOne) -> None:
     both.ctl("node1", "promote")
 
 
+def test_a_mere_client_and_a_device_without_a_file_system(both: TwoInOne) -> None:
+    replicactl = "python3 -m replica.cli --config /run/replica/replica.toml"
+    both.sh('test -z "${REPLICA_NODE:-}"; ! grep -q $(uname -n) /run/replica/replica.toml')
+    assert both.sh(f"{replicactl} map r0 {_DEVICE}") == f"{_DEVICE}\n"
+    both.sh(f"wipefs -aq {_DEVICE}; {replicactl} unmap r0")
+    with pytest.raises(AssertionError, match="`mount -t ext4 --mkdir /dev/nbd0 /mnt/volume` failed: "):
+        both.cli("node1", "map", "r0", _DEVICE, *_WAIT, *_MOUNT, "--type", "ext4")
+    assert both.cli("node1", "map", "--list") == ""
+    both.sh("test ! -e /sys/block/nbd0/pid")
+
+
 def test_kill_of_the_primary(both: TwoInOne, rng: random.Random) -> None:
     _make(both, "ext4", *_QUICK, "--connections", "2")
     both.begin_exercise(_FOLDER, rng.randrange(1 << 30), 25)
