@@ -14,7 +14,7 @@ import pytest
 from tests.cluster.cluster import MIB
 from tests.vm.machine import PATIENCE_S, need_image
 from tests.vm.pair import Node, Pair
-from tests.vm.two_in_one import TwoInOne
+from tests.vm.two_in_one import TwoInOne, begin_exercise
 
 _DEVICE = "/dev/nbd0"
 _FOLDER = "/mnt/volume"
@@ -231,8 +231,7 @@ class Client:
 
     def begin(self, seed: int, seconds: int) -> None:
         """Start the exerciser."""
-        command = ["python3", "-m", "tests.vm.writer", _FOLDER, str(seed), str(seconds)]
-        self.node.machine.call("tests.vm.operate:begin", name="exerciser", command=command)
+        begin_exercise(self.node.machine, _FOLDER, seed, seconds)
 
     def end(self) -> str:
         """What it reports."""

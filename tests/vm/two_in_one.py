@@ -13,6 +13,14 @@ _SECRET = "0123456789abcdef" * 4
 _SIZE_BYTES = 320 * MIB  # xfs takes no less than 300 MiB
 
 
+def begin_exercise(machine: Machine, folder: str, seed: int, seconds: int) -> None:
+    """Start the exerciser in a machine, and return when it writes."""
+    command = ["python3", "-m", "tests.vm.writer", folder, str(seed), str(seconds)]
+    machine.run("rm", "-f", f"{folder}/exercised", f"{folder}/renamed")
+    machine.call("tests.vm.operate:begin", name="exerciser", command=command)
+    machine.run("bash", "-c", f"until [ -s {folder}/exercised -o -s {folder}/renamed ]; do sleep 0.1; done")
+
+
 class TwoInOne:
     """The machine, its two daemons, and what an operator does there. A context manager."""
 
@@ -85,9 +93,8 @@ class TwoInOne:
         return self.machine.run("bash", "-euc", script, timeout_s=timeout_s)
 
     def begin_exercise(self, folder: str, seed: int, seconds: int) -> None:
-        """Start the exerciser."""
-        command = ["python3", "-m", "tests.vm.writer", folder, str(seed), str(seconds)]
-        self._call("begin", name="exerciser", command=command)
+        """Start the exerciser, and return when it writes."""
+        begin_exercise(self.machine, folder, seed, seconds)
 
     def end_exercise(self) -> dict[str, Any]:
         """What it reports; AssertionError when it has seen an error or wrong data."""
