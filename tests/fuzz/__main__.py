@@ -83,7 +83,7 @@ def _blind(name: str, target: Target, seconds: float, seed: int) -> bool:
     end = time.monotonic() + seconds
     runs = 0
     while time.monotonic() < end:
-        data = mutate(target.split(rng.choice(corpus)), rng, target.split(rng.choice(corpus)))
+        data = mutate(target.split(rng.choice(corpus)), rng, target.split(rng.choice(corpus)), target.fields)
         runs += 1
         try:
             target.run(data)
@@ -128,7 +128,7 @@ def _guided(name: str, seconds: float, seed: int) -> int:
         rng = random.Random(number)
         if rng.random() < 0.2:
             return bytes(atheris.Mutate(data, max_size))
-        return mutate(target.split(data), rng, target.split(rng.choice(corpus)))[:max_size]
+        return mutate(target.split(data), rng, target.split(rng.choice(corpus)), target.fields)[:max_size]
 
     found, crashes = _FOUND / name, CRASHES / name
     for folder in (found, crashes):
@@ -140,6 +140,7 @@ def _guided(name: str, seconds: float, seed: int) -> int:
         f"-timeout={_TIMEOUT_S}",
         f"-rss_limit_mb={_RSS_LIMIT_MB}",
         "-max_len=131072",
+        "-len_control=0",  # a stream that is cut short says nothing
         "-print_final_stats=1",
         f"-artifact_prefix={crashes}{os.sep}",
         str(found),

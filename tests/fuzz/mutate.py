@@ -6,6 +6,7 @@ ends up in the last one.
 
 import random
 from collections.abc import Callable
+from typing import Literal
 
 _EDGES = (
     0,
@@ -27,6 +28,13 @@ _EDGES = (
 )
 _WRAPS = (1 << 31, (1 << 32) - 1, 1 << 32, (1 << 63) - 1, 1 << 63, (1 << 64) - 4096, (1 << 64) - 1)
 _MAX_BYTES = 1 << 17
+
+
+#: Where the numbers are in a message: (offset, size) in bytes.
+OPTION_FIELDS = ((8, 4), (12, 4), (16, 4))
+REQUEST_FIELDS = ((4, 2), (6, 2), (16, 8), (24, 4))
+FRAME_FIELDS = ((0, 2), (2, 2), (4, 4), (8, 8), (16, 8))
+Fields = tuple[tuple[int, int], ...]
 
 
 def whole(data: bytes) -> list[bytearray]:
@@ -59,11 +67,11 @@ def _cut(data: bytes, first: int, header: int, size_of: Callable[[bytes], int]) 
     return parts
 
 
-def mutate(parts: list[bytearray], rng: random.Random, others: list[bytearray]) -> bytes:
+def mutate(parts: list[bytearray], rng: random.Random, others: list[bytearray], fields: Fields) -> bytes:
     """One to three changes; messages of another input (`others`) may be put in."""
     for _ in range(rng.choice((1, 1, 2, 3))):
         where = rng.randrange(len(parts))
-        action = rng.randrange(8)
+        action = rng.randrange(12)
         if action == 0 and len(parts) > 2:
             del parts[where]
         elif action == 1:
@@ -79,22 +87,26 @@ def mutate(parts: list[bytearray], rng: random.Random, others: list[bytearray]) 
         elif action == 5:
             at = rng.randint(0, len(parts[where]))
             del parts[where][at : at + rng.choice((1, 4, 16))]
-        elif action == 6:
-            _set_field(parts[where], rng)
+        elif action == 6 and rng.random() < 0.2:
+            parts[where:where] = [parts[where]] * rng.choice((10, 100))
+        elif action >= 6 and rng.random() < 0.8:
+            _set_field(parts[where], rng, fields)
         elif parts[where]:
             parts[where][rng.randrange(len(parts[where]))] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
     return b"".join(parts)[:_MAX_BYTES]
 
 
-def _set_field(part: bytearray, rng: random.Random) -> None:
-    """A number at the edge of something into a place where a header may have a field, or one more or less than was."""
-    width = rng.choice((2, 4, 8))
-    if len(part) < width:
+def _set_field(part: bytearray, rng: random.Random, fields: Fields) -> None:
+    """A number at the edge of something into a field, or anywhere in a header; or one more or less than was there."""
+    if fields and rng.random() < 0.8:
+        at, width = rng.choice(fields)
+    else:
+        at, width = rng.randrange(40) & ~1, rng.choice((2, 4, 8))
+    if len(part) < at + width:
         return
-    at = rng.randrange(min(len(part) - width + 1, 40)) & ~1
-    order = rng.choice(("big", "little"))
+    order: Literal["big", "little"] = "little" if fields is FRAME_FIELDS or rng.random() < 0.2 else "big"
     if rng.random() < 0.3:
-        value = int.from_bytes(part[at : at + width], order) + rng.choice((-1, 1))  # type: ignore[arg-type]
+        value = int.from_bytes(part[at : at + width], order) + rng.choice((-1, 1))
     else:
         value = rng.choice(rng.choice((_EDGES, _WRAPS)))
-    part[at : at + width] = (value % (1 << 8 * width)).to_bytes(width, order)  # type: ignore[arg-type]
+    part[at : at + width] = (value % (1 << 8 * width)).to_bytes(width, order)

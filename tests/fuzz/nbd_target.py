@@ -17,7 +17,13 @@ from nbdserver.connection import Connection
 from nbdserver.export import WriteDone
 from nbdserver.file_export import FileExport
 from nbdserver.limits import Limits
-from tests.fuzz.replies import handshake_replies, option_replies, requests_in, transmission_replies
+from tests.fuzz.replies import (
+    handshake_replies,
+    option_replies,
+    requests_in,
+    transmission_replies,
+    with_own_cookies,
+)
 
 SIZE_BYTES = 1 << 20
 LIMITS = Limits(in_flight_bytes=200_000, slow_requests=4, unsent_reply_bytes=100_000)
@@ -324,11 +330,9 @@ def transmission(data: bytes) -> None:
 
 
 async def _transmission(fixture: Fixture, delivery: Delivery, stream: bytes) -> None:
+    stream = with_own_cookies(stream)
     requests, hangs_up = requests_in(stream)
-    kinds: dict[int, tuple[int, int]] = {}
-    for request in requests:
-        if kinds.setdefault(request.cookie, (request.command, request.length)) != (request.command, request.length):
-            return  # two requests with one cookie: their replies cannot be told apart
+    kinds = {request.cookie: (request.command, request.length) for request in requests}
     client = fixture.client(delivery)
     await client.send(delivery.opening)
     assert client.connection.is_open

@@ -57,6 +57,17 @@ def requests_in(stream: bytes) -> tuple[list[Request], bool]:
     return found, False
 
 
+def with_own_cookies(stream: bytes) -> bytes:
+    """The same requests, each with a cookie of its own, so that their replies can be told apart."""
+    out, at, number = bytearray(stream), 0, 0
+    while len(out) - at >= 28 and struct.unpack_from(">I", out, at)[0] == REQUEST_MAGIC:
+        struct.pack_into(">Q", out, at + 8, number)
+        command, length = struct.unpack_from(">H", out, at + 6)[0], struct.unpack_from(">I", out, at + 24)[0]
+        at += 28 + (length if command == CMD_WRITE else 0)
+        number += 1
+    return bytes(out)
+
+
 def option_replies(sent: bytes) -> int:
     """Check replies to options (behind the greeting); returns how many bytes they are."""
     at = 0
@@ -82,7 +93,7 @@ def handshake_replies(sent: bytes, *, opened: bool) -> None:
 def transmission_replies(sent: bytes, requests: list[Request]) -> Answers:
     """Check replies, simple and structured; the data of reads is taken with the length of the request of that cookie.
 
-    Requests with the same cookie must all have the same length and command, or replies could not be told apart.
+    Each request must have a cookie of its own.
     """
     lengths = {request.cookie: request.length if request.command == CMD_READ else 0 for request in requests}
     answers = Answers()

@@ -13,17 +13,20 @@ CRASHES = FOLDER / "crashes"
 
 @dataclass(frozen=True)
 class Target:
-    """`run` raises for an input that breaks an invariant; `split` cuts an input into the messages it is made of."""
+    """`run` raises for an input that breaks an invariant; `split` cuts an input into the messages it is made of, whose
+    numbers are in `fields`.
+    """
 
     run: Callable[[bytes], None]
     split: Callable[[bytes], list[bytearray]]
+    fields: mutate.Fields = ()
 
 
 TARGETS: dict[str, Target] = {
-    "nbd-handshake": Target(nbd_target.handshake, mutate.options),
-    "nbd-transmission": Target(nbd_target.transmission, mutate.requests),
-    "peer-greeting": Target(peer_target.greeting, mutate.frames),
-    "peer-frames": Target(peer_target.frames, mutate.frames),
+    "nbd-handshake": Target(nbd_target.handshake, mutate.options, mutate.OPTION_FIELDS),
+    "nbd-transmission": Target(nbd_target.transmission, mutate.requests, mutate.REQUEST_FIELDS),
+    "peer-greeting": Target(peer_target.greeting, mutate.frames, mutate.FRAME_FIELDS),
+    "peer-frames": Target(peer_target.frames, mutate.frames, mutate.FRAME_FIELDS),
     "peer-state": Target(peer_target.state, mutate.whole),
     "peer-maps": Target(peer_target.maps, mutate.whole),
     "control": Target(peer_target.control, mutate.whole),
