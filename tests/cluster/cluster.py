@@ -361,11 +361,15 @@ class Cluster:
 
     def up(self) -> "Cluster":
         """From nothing to a pair in sync with node1 as Primary."""
-        self.create().start()
+        return self.create().begin().wait_in_sync()
+
+    def begin(self) -> "Cluster":
+        """Start a new pair; node1 is Primary, and the first resync has begun."""
+        self.start()
         self.node1.wait_connection("Connected")
         self.node1.wait_for(lambda status: status["peer"]["disk"] == "Inconsistent")
         self.node1.ctl("promote", force=True)
-        return self.wait_in_sync()
+        return self
 
     def wait_in_sync(self) -> "Cluster":
         """Until both nodes say that both copies are the same."""

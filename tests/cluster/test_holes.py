@@ -240,10 +240,7 @@ def test_a_socket_that_systemd_opened(libnbd: Any, cluster: Cluster) -> None:
         listening.bind(os.fsencode(path))
         listening.listen()
         cluster.node1.passed = [listening]
-        cluster.start()
-        cluster.node1.wait_connection("Connected")
-        cluster.node1.ctl("promote", force=True)
-        cluster.wait_in_sync()
+        cluster.begin().wait_in_sync()
         assert not cluster.node1.nbd_path.exists()  # the configured address is not used
         cluster.node1.nbd_path = path
         cluster.node1.write(0, b"through the socket of another process")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.cluster import MIB, Cluster, Node, open_nbd
+from tests.cluster.cluster import MIB, Cluster, open_nbd
 from tests.cluster.load import Load, Model
 from tests.cluster.peers import Proxy
 
@@ -176,8 +176,7 @@ def test_a_large_sparse_volume_stays_sparse(libnbd: Any, new_cluster: Callable[.
         for offset in (0, 1 << 30, (5 << 30) + 12345, (10 << 30) - MIB):
             image.seek(offset)
             image.write(os.urandom(MIB))
-    start_and_promote(cluster)
-    cluster.wait_in_sync()
+    cluster.begin().wait_in_sync()
     cluster.check_identical()
     assert allocated(node2.image) < 16 * MIB
     assert allocated(node1.image) < 16 * MIB
@@ -191,16 +190,7 @@ def test_a_hole_replaces_data_of_the_target(libnbd: Any, cluster: Cluster) -> No
     with node1.image.open("rb+") as image:
         image.seek(MIB)
         image.write(b"n" * MIB)
-    start_and_promote(cluster)
-    cluster.wait_in_sync()
+    cluster.begin().wait_in_sync()
     cluster.check_identical()
     assert node2.image.read_bytes() == bytes(MIB) + b"n" * MIB + bytes(cluster.size_bytes - 2 * MIB)
     assert allocated(node2.image) <= MIB + 65536
-
-
-def start_and_promote(cluster: Cluster) -> Node:
-    """Both daemons, node1 Primary with what its image held before."""
-    cluster.start()
-    cluster.node1.wait_for(lambda status: status["peer"]["disk"] == "Inconsistent")
-    cluster.node1.ctl("promote", force=True)
-    return cluster.node1

@@ -243,8 +243,7 @@ def test_a_secondary_whose_copy_is_not_complete_is_promoted_through_its_peer(
     cluster = new_cluster(resync_rate='"2M"').create()
     node1, node2 = cluster.nodes
     node1.image.write_bytes(b"d" * cluster.size_bytes)
-    cluster.start()
-    node1.ctl("promote", force=True)
+    cluster.begin()
     node2.wait_replication("SyncTarget")
     node1.write(8 * MIB, b"n" * 4096)
     node2.ctl("takeover")
