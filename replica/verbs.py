@@ -305,10 +305,15 @@ class Verbs:
         # The peer flushed before it began; flushed here as well, this copy lacks only what is written from now on.
         superblock = disk.metadata.superblock
         superblock.primary = False
-        await disk.store.flush()
-        await disk.metadata.save_bitmap(disk.bitmap)
-        await resource.save()
-        await disk.metadata.save_activity_log(())
+        try:
+            await disk.store.flush()
+            await disk.metadata.save_bitmap(disk.bitmap)
+            await resource.save()
+            await disk.metadata.save_activity_log(())
+        except OSError as error:
+            # The peer serves, and nothing here is needed for that. If this disk is attached again, its activity log
+            # says what it may lack, as after a crash.
+            log.warning("%s: the disk that is detached failed (%s).", self._name, error)
 
     def _refuse_to_part(self, what: str) -> None:
         resource = self._resource
