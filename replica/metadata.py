@@ -70,6 +70,7 @@ class Metadata:
         self._sequence = 0
         self._next_copy = 0
         self._log_sequence = 0
+        self._failed_flushes = 0
         self._superblock_lock = asyncio.Lock()
         self._log_lock = asyncio.Lock()
         self._bitmap_lock = asyncio.Lock()
@@ -104,6 +105,20 @@ class Metadata:
             raise MetadataError(f"{where} can't be read: {problem}: check its disk.") from error
         return self
 
+    async def _flush(self, failed_before: int) -> None:
+        """Make durable what was written since `_failed_flushes` was this.  OSError.
+
+        A flush that fails throws away what was written on behalf of others, too, and the next one succeeds without it
+        (Rebello et al., "Can applications recover from fsync failures?", USENIX ATC 2020).
+        """
+        try:
+            await self._file.flush()
+        except OSError:
+            self._failed_flushes += 1
+            raise
+        if self._failed_flushes != failed_before:
+            raise OSError(errno.EIO, "a flush failed meanwhile")
+
     # ---- superblock
 
     async def save_superblock(self) -> None:
@@ -120,8 +135,9 @@ class Metadata:
         self._sequence += 1
         data = superblocks.encode(self.superblock, self._sequence)
         for _ in range(2):
+            failed_before = self._failed_flushes
             await self._file.write(self._next_copy * SUPERBLOCK_BYTES, data)
-            await self._file.flush()
+            await self._flush(failed_before)
             self._next_copy = 1 - self._next_copy
 
     # ---- activity log
@@ -134,8 +150,9 @@ class Metadata:
         async with self._log_lock:
             sequence = self._log_sequence + 1
             copy = ActivityLog.encode(extents, sequence, self.superblock.al_copy_bytes)
+            failed_before = self._failed_flushes
             await self._file.write(self.superblock.al_offset + (sequence & 1) * 2 * len(copy), copy + copy)
-            await self._file.flush()
+            await self._flush(failed_before)
             self._log_sequence = sequence
 
     async def load_activity_log(self) -> set[int]:
@@ -223,8 +240,9 @@ class Metadata:
         bitmap.replaced = False
         try:
             if not ones:
+                failed_before = self._failed_flushes
                 await self._file.punch(*self._bitmap_region())
-                await self._file.flush()
+                await self._flush(failed_before)
             async with self._superblock_lock:
                 self.superblock.bitmap_epoch += 1
                 self.superblock.bitmap_default_ones = ones
@@ -239,6 +257,7 @@ class Metadata:
         if not taken:
             return True
         offset, _ = self._bitmap_region()
+        failed_before = self._failed_flushes
         try:
             for first, last in _stretches(taken):
                 if bitmap.replaced:
@@ -247,7 +266,7 @@ class Metadata:
                 epoch = self.superblock.bitmap_epoch
                 data = b"".join(bitmap.encode_sector(index, epoch) for index in range(first, last + 1))
                 await self._file.write(offset + first * SECTOR_BYTES, data)
-            await self._file.flush()
+            await self._flush(failed_before)
         except BaseException:
             if not bitmap.replaced:
                 bitmap.changed.update(taken)

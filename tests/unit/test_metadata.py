@@ -724,3 +724,45 @@ def test_dump_inside_a_running_loop(tmp_path: Path) -> None:
         assert dump_metadata(path)["volume"] == 0
 
     run(work)
+
+
+class FlushesByHand(FakeDisk):
+    """Its flushes end as and when the test says."""
+
+    def __init__(self, image: Image) -> None:
+        super().__init__(image)
+        self.flushes: asyncio.Queue[asyncio.Future[None]] = asyncio.Queue()
+
+    async def flush(self) -> None:
+        ended = asyncio.get_running_loop().create_future()
+        self.flushes.put_nowait(ended)
+        await ended
+        await super().flush()
+
+
+def test_a_flush_that_fails_takes_others_writes_with_it() -> None:
+    """The kernel throws away all pages that it could not write, and reports that once."""
+
+    async def scenario() -> None:
+        first, metadata = await formatted()
+        bitmap = Bitmap(metadata.superblock.blocks)
+        await metadata.save_bitmap(bitmap)
+        disk = metadata._file = FlushesByHand(first.image)
+        bitmap.set_bytes(0, 4096)
+        of_bits = asyncio.create_task(metadata.save_bitmap(bitmap))
+        flush_of_bits = await disk.flushes.get()
+        of_superblock = asyncio.create_task(metadata.save_superblock())
+        (await disk.flushes.get()).set_exception(OSError(5, "Input/output error"))
+        with pytest.raises(OSError, match="Input/output error"):
+            await of_superblock
+        flush_of_bits.set_result(None)
+        with pytest.raises(OSError, match="a flush failed meanwhile"):
+            await of_bits
+        # They are still to be written, and whatever is written from here on counts.
+        disk.ops.clear()
+        again = asyncio.create_task(metadata.save_bitmap(bitmap))
+        (await disk.flushes.get()).set_result(None)
+        await again
+        assert [kind for kind, _, _ in disk.ops] == ["write", "flush"]
+
+    asyncio.run(scenario())
