@@ -9,47 +9,9 @@ from hypothesis import strategies as st
 
 from replica import auth, wire
 from replica.link import LinkSettings, PeerLink
+from tests.fuzz.peer_target import GREETING, HELLO, ME, NONCE, SECRET, Wire
 
-SECRET = b"0123456789abcdef"
-ME = auth.Identity("web", "r0", "node1", "node2", "C", False)
-PEER = auth.Identity("web", "r0", "node2", "node1", "C", False)
-NONCE = b"1" * auth.NONCE_BYTES
 KINDS = sorted(wire.KIND_NAMES)
-SIZE_BYTES = 1 << 20
-
-HELLO = auth.hello(PEER, b"2" * auth.NONCE_BYTES)
-GREETING = wire.pack(wire.HELLO, HELLO) + wire.pack(
-    wire.AUTH, auth.proof(SECRET, dialer=False, own_hello=HELLO, peer_hello=auth.hello(ME, NONCE))
-)
-
-
-class Wire(asyncio.Transport):
-    """The end of a cable: keeps what is sent, is drained always."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.closed = False
-        self.sent = bytearray()
-
-    def write(self, data: Any) -> None:
-        assert not self.closed
-        self.sent += data
-
-    def writelines(self, list_of_data: Any) -> None:
-        for data in list_of_data:
-            self.write(data)
-
-    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        pass
-
-    def get_write_buffer_size(self) -> int:
-        return 0
-
-    def close(self) -> None:
-        self.closed = True
-
-    def abort(self) -> None:
-        self.closed = True
 
 
 class Owner:

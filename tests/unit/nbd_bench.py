@@ -185,13 +185,13 @@ class Bench:
 def run(request, tmp_path):
     """Run a scenario(bench) on a loop; nothing may reach the loop's exception handler."""
 
-    def runner(scenario, limits=None, **disk_options):
+    def runner(scenario, limits=None, tls=None, **disk_options):
         problems = []
 
         async def main():
             asyncio.get_running_loop().set_exception_handler(lambda _loop, context: problems.append(context))
             disk = MemoryDisk(**disk_options)
-            server = Server(default=disk, limits=limits)
+            server = Server(default=disk, limits=limits, tls=tls)
             path = str(tmp_path / "nbd.sock")
             await server.listen_unix(path)
             try:

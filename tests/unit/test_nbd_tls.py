@@ -7,15 +7,13 @@ import struct
 from pathlib import Path
 
 import pytest
-import uvloop
 
 from nbdserver import constants as c
 from nbdserver.handshake import Ended, Handshake, StartTls, TlsMode
 from nbdserver.limits import Limits
-from nbdserver.server import Server
 from nbdserver.tls import TlsFileError, TlsFiles, server_tls
 from tests.certificates import Authority
-from tests.unit.nbd_bench import MIB, Bench, Client, MemoryDisk, request, write
+from tests.unit.nbd_bench import MIB, Client, request, write
 
 CLIENT_FLAGS = struct.pack(">I", 3)
 HOST = "server.test"
@@ -91,34 +89,12 @@ def client_context(authority, own=None):
     return context
 
 
-@pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
-def run(request, tmp_path, files):
-    """Run a scenario(bench) on a loop; nothing may reach the loop's exception handler."""
+@pytest.fixture
+def run(run, files):
+    """The same for a server with TLS."""
 
-    def runner(scenario, mode=TlsMode.REQUIRE, limits=None, server_files=files, **disk_options):
-        problems = []
-
-        async def main():
-            asyncio.get_running_loop().set_exception_handler(lambda _loop, context: problems.append(context))
-            disk = MemoryDisk(**disk_options)
-            tls = None if mode is TlsMode.OFF else server_tls(mode, server_files)
-            server = Server(default=disk, limits=limits, tls=tls)
-            path = str(tmp_path / "nbd.sock")
-            await server.listen_unix(path)
-            try:
-                async with asyncio.timeout(20):
-                    await scenario(Bench(path, disk, server))
-            finally:
-                disk.gate.set()
-                disk.release()
-                server.abort()
-                async with asyncio.timeout(20):
-                    for connection in list(server.connections):
-                        await connection.closed.wait()
-
-        with asyncio.Runner(loop_factory=request.param) as loop_runner:
-            loop_runner.run(main())
-        assert problems == []
+    def runner(scenario, mode=TlsMode.REQUIRE, server_files=files, **options):
+        run(scenario, tls=None if mode is TlsMode.OFF else server_tls(mode, server_files), **options)
 
     return runner
 
