@@ -157,6 +157,7 @@ class Volume:
     def abandon_store(self, error: OSError) -> None:
         """Use the local disk no more: everything that needs it fails from now on."""
         self._use(FailedStore(self.size_bytes, error))
+        self.stop_timer()  # a disk that has failed is not flushed again; each try would be a line in the log
 
     def hand_over(self) -> "HandedOver":
         """The store is abandoned, and the peer, which is in sync, goes on without this copy: everything that waits.
