@@ -263,6 +263,9 @@ def test_nbdcopy_alone_fails_cleanly(
 ) -> None:
     address.hold_after(4 * MIB)
     client = start("nbdcopy", source, address.uri)
+    address.wait_held()
+    while not any(pair.node1.read(0, pair.size_bytes)):
+        pass  # what was let through has not reached the disk yet
     interrupt(pair, address, failover)
     fails_cleanly(client)
     assert old_or_new(pair, source, 512) > 0

@@ -419,7 +419,7 @@ CANARIES = (
         "superblock-not-flushed",
         "a superblock counts as saved before it is durable",
         "replica.metadata:Metadata._write_superblock",
-        "            await self._file.flush()\n",
+        "            await self._flush(failed_before)\n",
         "",
     ),
     Canary(
