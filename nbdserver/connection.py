@@ -196,7 +196,7 @@ class Connection(asyncio.BufferedProtocol):
         log.info("%s opened export %r", self.peer_name, export.name)
         self._export = export
         self._engine = RequestEngine(
-            opened.export,
+            export,
             opened.dialect,
             self._transport,
             self._received,

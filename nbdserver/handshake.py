@@ -6,28 +6,28 @@ Source: NetworkBlockDevice/nbd, doc/proto.md, "Newstyle negotiation" and "Option
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from struct import Struct
 from typing import Protocol
 
 from nbdserver import constants as c
 from nbdserver import meta_context
 from nbdserver.client_identity import ClientIdentity
 from nbdserver.export import Export
+from nbdserver.handshake_coding import (
+    CLIENT_FLAGS,
+    EXPORT_NAME_REPLY,
+    INFO_BLOCK_SIZE,
+    INFO_EXPORT,
+    OPTION,
+    OPTION_REPLY,
+    SERVER_GREETING,
+    U16,
+    U32,
+)
 from nbdserver.transmission import Dialect
-
-_GREETING = Struct(">QQH")
-_CLIENT_FLAGS = Struct(">I")
-_OPTION = Struct(">QII")
-_OPTION_REPLY = Struct(">QIII")
-_U32 = Struct(">I")
-_U16 = Struct(">H")
-_EXPORT_NAME_REPLY = Struct(">QH")
-_INFO_EXPORT = Struct(">HQH")
-_INFO_BLOCK_SIZE = Struct(">HIII")
 
 _KNOWN_CLIENT_FLAGS = c.FLAG_FIXED_NEWSTYLE | c.FLAG_NO_ZEROES
 
-GREETING = _GREETING.pack(c.INIT_MAGIC, c.OPTION_MAGIC, _KNOWN_CLIENT_FLAGS)
+GREETING = SERVER_GREETING.pack(c.INIT_MAGIC, c.OPTION_MAGIC, _KNOWN_CLIENT_FLAGS)
 
 
 class Directory(Protocol):
@@ -149,23 +149,23 @@ class Handshake:
 
     def _step(self) -> bool:
         if not self._have_client_flags:
-            if len(self._input) < _CLIENT_FLAGS.size:
+            if len(self._input) < CLIENT_FLAGS.size:
                 return False
-            (flags,) = _CLIENT_FLAGS.unpack(self._take(_CLIENT_FLAGS.size))
+            (flags,) = CLIENT_FLAGS.unpack(self._take(CLIENT_FLAGS.size))
             self._on_client_flags(flags)
             return True
-        if len(self._input) < _OPTION.size:
+        if len(self._input) < OPTION.size:
             return False
-        magic, option, length = _OPTION.unpack_from(self._input)
+        magic, option, length = OPTION.unpack_from(self._input)
         if magic != c.OPTION_MAGIC:
             self.outcome = Ended("it sent something that is not an NBD option")
             return False
         if length > c.MAX_OPTION_BYTES:
             self.outcome = Ended(f"it sent an option of {length} bytes (at most {c.MAX_OPTION_BYTES})")
             return False
-        if len(self._input) < _OPTION.size + length:
+        if len(self._input) < OPTION.size + length:
             return False
-        self._take(_OPTION.size)
+        self._take(OPTION.size)
         self._on_option(option, self._take(length))
         return True
 
@@ -202,13 +202,13 @@ class Handshake:
                 self._reply(option, error.code, _cut(error.text))
 
     def _reply(self, option: int, kind: int, data: bytes = b"") -> None:
-        self._output.append(_OPTION_REPLY.pack(c.OPTION_REPLY_MAGIC, option, kind, len(data)) + data)
+        self._output.append(OPTION_REPLY.pack(c.OPTION_REPLY_MAGIC, option, kind, len(data)) + data)
 
     def _on_export_name(self, data: bytes) -> None:
         if self._directory.shutting_down:
             raise _OptionError(c.REP_ERR_SHUTDOWN, "the server is shutting down")
         export = self._open(_name(data))
-        self._output.append(_EXPORT_NAME_REPLY.pack(export.size_bytes, self._flags(export)))
+        self._output.append(EXPORT_NAME_REPLY.pack(export.size_bytes, self._flags(export)))
         if not self._no_zeroes:
             self._output.append(bytes(124))
         self.outcome = Opened(export, self._negotiated.dialect(export))
@@ -237,7 +237,7 @@ class Handshake:
         _no_data("LIST", data)
         for export in self._directory.listing():
             name = export.name.encode()
-            self._reply(c.OPT_LIST, c.REP_SERVER, _U32.pack(len(name)) + name + _cut(export.description))
+            self._reply(c.OPT_LIST, c.REP_SERVER, U32.pack(len(name)) + name + _cut(export.description))
         self._reply(c.OPT_LIST, c.REP_ACK)
 
     def _on_info(self, data: bytes) -> None:
@@ -265,15 +265,15 @@ class Handshake:
     def _describe(self, option: int, data: bytes) -> Export:
         name, wanted = _parse_info(data)
         export = self._open(name)
-        self._reply(option, c.REP_INFO, _INFO_EXPORT.pack(c.INFO_EXPORT, export.size_bytes, self._flags(export)))
+        self._reply(option, c.REP_INFO, INFO_EXPORT.pack(c.INFO_EXPORT, export.size_bytes, self._flags(export)))
         for info in wanted:  # an unknown one is ignored, as the protocol wants it
             if info == c.INFO_NAME:
-                self._reply(option, c.REP_INFO, _U16.pack(info) + export.name.encode())
+                self._reply(option, c.REP_INFO, U16.pack(info) + export.name.encode())
             elif info == c.INFO_DESCRIPTION:
-                self._reply(option, c.REP_INFO, _U16.pack(info) + _cut(export.description))
+                self._reply(option, c.REP_INFO, U16.pack(info) + _cut(export.description))
             elif info == c.INFO_BLOCK_SIZE:
                 sizes = (c.MIN_BLOCK_BYTES, c.PREFERRED_BLOCK_BYTES, c.MAX_BLOCK_BYTES)
-                self._reply(option, c.REP_INFO, _INFO_BLOCK_SIZE.pack(info, *sizes))
+                self._reply(option, c.REP_INFO, INFO_BLOCK_SIZE.pack(info, *sizes))
         self._reply(option, c.REP_ACK)
         return export
 
@@ -309,7 +309,7 @@ class Handshake:
         return self._open(_name(request.export_name)), request.queries
 
     def _reply_context(self, option: int, number: int) -> None:
-        self._reply(option, c.REP_META_CONTEXT, _U32.pack(number) + meta_context.BASE_ALLOCATION.encode())
+        self._reply(option, c.REP_META_CONTEXT, U32.pack(number) + meta_context.BASE_ALLOCATION.encode())
 
     def _open(self, name: str) -> Export:
         export = self._directory.find(name)
@@ -356,15 +356,15 @@ def _name(data: bytes) -> str:
 def _parse_info(data: bytes) -> tuple[str, list[int]]:
     """Name and the wanted infos (each once) of an INFO or GO option."""
     lengths_error = _OptionError(c.REP_ERR_INVALID, "the lengths inside the option do not fit its length")
-    if len(data) < _U32.size + _U16.size:
+    if len(data) < U32.size + U16.size:
         raise lengths_error
-    (name_length,) = _U32.unpack_from(data)
-    infos_at = _U32.size + name_length
-    if infos_at + _U16.size > len(data):
+    (name_length,) = U32.unpack_from(data)
+    infos_at = U32.size + name_length
+    if infos_at + U16.size > len(data):
         raise lengths_error
-    (count,) = _U16.unpack_from(data, infos_at)
-    if infos_at + _U16.size + count * _U16.size != len(data):
+    (count,) = U16.unpack_from(data, infos_at)
+    if infos_at + U16.size + count * U16.size != len(data):
         raise lengths_error
-    name = _name(data[_U32.size : infos_at])
-    infos = [info for (info,) in _U16.iter_unpack(data[infos_at + _U16.size :])]
+    name = _name(data[U32.size : infos_at])
+    infos = [info for (info,) in U16.iter_unpack(data[infos_at + U16.size :])]
     return name, list(dict.fromkeys(infos))

@@ -5,9 +5,9 @@ Source: NetworkBlockDevice/nbd, doc/proto.md, "Metadata querying". This server h
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from struct import Struct
 
 from nbdserver.constants import MAX_STRING_BYTES
+from nbdserver.handshake_coding import U32
 
 BASE_ALLOCATION = "base:allocation"
 #: The number that BLOCK_STATUS replies carry for it. Any will do; not 0, which is what LIST sends and means nothing.
@@ -17,7 +17,6 @@ BASE_ALLOCATION_ID = 1
 MAX_QUERIES = 128
 
 _NAMESPACE = "base:"
-_U32 = Struct(">I")
 
 
 class MetaContextError(ValueError):
@@ -39,8 +38,8 @@ class Request:
 def parse(data: bytes) -> Request:
     """Take the option's data apart. Raises MetaContextError; every length is held against what is there."""
     name, at = _string(data, 0)
-    (count,) = _U32.unpack_from(_slice(data, at, _U32.size))
-    at += _U32.size
+    (count,) = U32.unpack_from(_slice(data, at, U32.size))
+    at += U32.size
     if count > MAX_QUERIES:
         raise MetaContextError(f"the option has {count} queries (at most {MAX_QUERIES})", too_big=True)
     queries: list[bytes] = []
@@ -61,8 +60,8 @@ def _slice(data: bytes, at: int, length: int) -> bytes:
 
 
 def _string(data: bytes, at: int) -> tuple[bytes, int]:
-    (length,) = _U32.unpack(_slice(data, at, _U32.size))
-    at += _U32.size
+    (length,) = U32.unpack(_slice(data, at, U32.size))
+    at += U32.size
     return _slice(data, at, length), at + length
 
 

@@ -5,19 +5,11 @@ Source: NetworkBlockDevice/nbd, doc/proto.md, "Newstyle negotiation".
 
 import socket
 import time
-from struct import Struct
 from typing import NamedTuple
 
 from nbdserver import constants as c
 from nbdserver.client_identity import ClientIdentity
-
-_GREETING = Struct(">QQH")
-_CLIENT_FLAGS = Struct(">I")
-_OPTION = Struct(">QII")
-_OPTION_REPLY = Struct(">QIII")
-_NAME_LENGTH = Struct(">I")
-_INFO_COUNT = Struct(">H")
-_INFO_EXPORT = Struct(">HQH")
+from nbdserver.handshake_coding import CLIENT_FLAGS, INFO_EXPORT, OPTION, OPTION_REPLY, SERVER_GREETING, U16, U32
 
 
 class NbdRefused(Exception):
@@ -47,10 +39,10 @@ class Shaker:
 
     def greet(self) -> None:
         """Up to the client's flags."""
-        init, option_magic, flags = _GREETING.unpack(self._exactly(_GREETING.size))
+        init, option_magic, flags = SERVER_GREETING.unpack(self._exactly(SERVER_GREETING.size))
         if init != c.INIT_MAGIC or option_magic != c.OPTION_MAGIC or not flags & c.FLAG_FIXED_NEWSTYLE:
             raise NbdLost("what answers there is no NBD server of the fixed newstyle")
-        self._send(_CLIENT_FLAGS.pack(c.FLAG_FIXED_NEWSTYLE | c.FLAG_NO_ZEROES))
+        self._send(CLIENT_FLAGS.pack(c.FLAG_FIXED_NEWSTYLE | c.FLAG_NO_ZEROES))
 
     def claim(self, identity: ClientIdentity) -> None:
         """Let the server drop all older connections of this client; returns when it has."""
@@ -71,7 +63,7 @@ class Shaker:
 
     def _describe(self, option: int, export: str) -> ExportInfo:
         name = export.encode()
-        self._send_option(option, _NAME_LENGTH.pack(len(name)) + name + _INFO_COUNT.pack(0))
+        self._send_option(option, U32.pack(len(name)) + name + U16.pack(0))
         found: ExportInfo | None = None
         while True:
             kind, answer = self._answer()
@@ -81,15 +73,15 @@ class Shaker:
                 return found
             if kind != c.REP_INFO:
                 raise NbdRefused(answer.decode(errors="replace"))
-            if len(answer) == _INFO_EXPORT.size:
-                info, size_bytes, flags = _INFO_EXPORT.unpack(answer)
+            if len(answer) == INFO_EXPORT.size:
+                info, size_bytes, flags = INFO_EXPORT.unpack(answer)
                 found = ExportInfo(size_bytes, flags) if info == c.INFO_EXPORT else found
 
     def _send_option(self, option: int, data: bytes) -> None:
-        self._send(_OPTION.pack(c.OPTION_MAGIC, option, len(data)) + data)
+        self._send(OPTION.pack(c.OPTION_MAGIC, option, len(data)) + data)
 
     def _answer(self) -> tuple[int, bytes]:
-        magic, _, kind, length = _OPTION_REPLY.unpack(self._exactly(_OPTION_REPLY.size))
+        magic, _, kind, length = OPTION_REPLY.unpack(self._exactly(OPTION_REPLY.size))
         if magic != c.OPTION_REPLY_MAGIC or length > c.MAX_OPTION_BYTES:
             raise NbdLost("the server sent something that is no answer to an option")
         return kind, self._exactly(length)

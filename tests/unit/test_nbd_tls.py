@@ -99,6 +99,36 @@ def run(run, files):
     return runner
 
 
+class ByHand:
+    """A client whose records the test sends and takes itself, in pieces of `most` bytes."""
+
+    def __init__(self, reader, writer, context, most):
+        self.reader, self.writer, self.most = reader, writer, most
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = context.wrap_bio(self.incoming, self.outgoing, server_hostname=HOST)
+
+    @classmethod
+    async def start(cls, path, context, most=64 * 1024):
+        """Up to where TLS begins."""
+        reader, writer = await asyncio.open_unix_connection(path)
+        await reader.readexactly(18)
+        writer.write(CLIENT_FLAGS + option(c.OPT_STARTTLS))
+        await reader.readexactly(20)
+        return cls(reader, writer, context, most)
+
+    async def step(self, call, *arguments):
+        while True:
+            try:
+                return call(*arguments)
+            except ssl.SSLWantReadError:
+                pass
+            finally:
+                while self.outgoing.pending:
+                    self.writer.write(self.outgoing.read(self.most))
+                    await asyncio.sleep(0)
+            self.incoming.write(await self.reader.read(self.most))
+
+
 # ── the rules of STARTTLS ────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -350,25 +380,8 @@ def test_one_byte_at_a_time(run, trusted):
     """Records, and the handshake's messages, arrive in whatever pieces."""
 
     async def scenario(bench):
-        reader, writer = await asyncio.open_unix_connection(bench.path)
-        await reader.readexactly(18)
-        writer.write(CLIENT_FLAGS + option(c.OPT_STARTTLS))
-        await reader.readexactly(20)
-        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        tls = trusted.wrap_bio(incoming, outgoing, server_hostname=HOST)
-
-        async def step(call, *arguments):
-            while True:
-                try:
-                    return call(*arguments)
-                except ssl.SSLWantReadError:
-                    pass
-                finally:
-                    for byte in outgoing.read():
-                        writer.write(bytes([byte]))
-                        await asyncio.sleep(0)
-                incoming.write(await reader.read(1))
-
+        client = await ByHand.start(bench.path, trusted, most=1)
+        step, tls, writer = client.step, client.tls, client.writer
         await step(tls.do_handshake)
         await step(tls.write, option(c.OPT_ABORT))
         assert await step(tls.read, 20) == struct.pack(">QIII", c.OPTION_REPLY_MAGIC, c.OPT_ABORT, c.REP_ACK, 0)
@@ -451,24 +464,8 @@ def test_a_client_that_ends_its_direction_gets_its_replies(run, trusted):
 
     async def scenario(bench):
         bench.disk.hold = True
-        reader, writer = await asyncio.open_unix_connection(bench.path)
-        await reader.readexactly(18)
-        writer.write(CLIENT_FLAGS + option(c.OPT_STARTTLS))
-        await reader.readexactly(20)
-        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        tls = trusted.wrap_bio(incoming, outgoing, server_hostname=HOST)
-
-        async def step(call, *arguments):
-            while True:
-                try:
-                    return call(*arguments)
-                except ssl.SSLWantReadError:
-                    pass
-                finally:
-                    if outgoing.pending:
-                        writer.write(outgoing.read())
-                incoming.write(await reader.read(64 * 1024))
-
+        client = await ByHand.start(bench.path, trusted)
+        step, tls, writer, outgoing = client.step, client.tls, client.writer, client.outgoing
         await step(tls.do_handshake)
         await step(tls.write, option(c.OPT_EXPORT_NAME))
         assert len(await step(tls.read, 10)) == 10
