@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from nbdserver.blockfile import BlockFile, BlockFileError
-from replica import hook_process, link_tls
+from replica import link_tls, programs
 from replica.errors import ReplicaError
 from replica.metadata import MetadataFile
 from replica.store import FileOfMetadata, FileStore, Store, backing_fingerprint
@@ -162,5 +162,5 @@ class HostRuntime:
     async def run_hook(
         self, command: Sequence[str], variables: Mapping[str, str], timeout_s: float, on_line: Callable[[str], None]
     ) -> str:
-        """Run a program with these variables and little else (`replica.hook_process`)."""
-        return await hook_process.run(command, variables, timeout_s, on_line)
+        """Run a program with these variables and little else (`replica.programs`)."""
+        return (await programs.run(command, variables, timeout_s, on_line)).problem

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from replica import hook_process
+from replica import programs
 from replica.config import Config, load_config
 from replica.hooks import MAX_TIMEOUT_S, MAX_WAITING, Event, Hooks, HookSettings, environment
 from replica.resource import Resource
@@ -44,7 +44,7 @@ class Script:
         path.chmod(0o755)
 
     async def run(self, *arguments: str, timeout_s: float = PATIENCE_S, **variables: str) -> str:
-        return await hook_process.run([str(self.path), *arguments], variables, timeout_s, self.lines.append)
+        return (await programs.run([str(self.path), *arguments], variables, timeout_s, self.lines.append)).problem
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_the_environment_of_an_event() -> None:
 
 
 def test_the_longest_hook_and_its_end_fit_into_the_handshake_that_waits_for_it() -> None:
-    assert MAX_TIMEOUT_S + 2 * hook_process.GRACE_S < HANDSHAKE_TIMEOUT_S
+    assert MAX_TIMEOUT_S + 2 * programs.GRACE_S < HANDSHAKE_TIMEOUT_S
 
 
 # ── the process ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -261,7 +261,7 @@ def test_one_that_prints_without_end_comes_to_its_own_end(script: Callable[[str]
     async def test() -> None:
         hook = script("head -c 4000000 /dev/zero | tr '\\0' '\\n'; yes | head -n 1000000; exit 7")
         assert await hook.run() == "returned 7"
-        assert len(hook.lines) == hook_process.MAX_LINES + 1 or hook.lines == ["(the rest of its output is not logged)"]
+        assert len(hook.lines) == programs.MAX_LINES + 1 or hook.lines == ["(the rest of its output is not logged)"]
 
     run(test)
 
@@ -286,11 +286,11 @@ def test_starts_that_hang_are_given_up_in_time_and_do_not_add_up(
     async def test() -> None:
         hook = script(f"echo $$ > {tmp_path}/fifo; exec sleep 1000")
         stuck = StuckProgram(hook.path)
-        for _ in range(hook_process.MAX_STARTING):
+        for _ in range(programs.MAX_STARTING):
             assert await hook.run(timeout_s=0.1) == "could not be started within 0.1 s"
         assert "hang in their start" in await hook.run(timeout_s=0.1)
         stuck.release()
-        for thread in list(hook_process._starting):
+        for thread in list(programs._starting):
             await asyncio.to_thread(thread.join)
         # What began to run after all was ended at once.
         os.write(fifo, b"\n")

@@ -1,6 +1,7 @@
-"""A hook as a process of this machine: started, listened to, and ended together with what it has started.
+"""Other people's programs (hooks, resource scripts, fence agents) as processes of this machine: started, listened to,
+and ended together with what they have started.
 
-Starting a program can take as long as the disk likes on which it lies; a hook on a dead file server must not stop the
+Starting a program can take as long as the disk likes on which it lies; one on a dead file server must not stop the
 event loop. Hence a thread for each start.
 """
 
@@ -21,7 +22,9 @@ from replica.tasks import spawn
 GRACE_S: Final = 1.0
 #: Starts that hang; beyond that no more are attempted.
 MAX_STARTING: Final = 4
-#: What a hook prints is logged up to here.
+#: What a pipe takes at once (pipe(7)).
+MAX_STDIN_BYTES: Final = 64 << 10
+#: What a program prints is listened to up to here.
 MAX_LINES: Final = 64
 MAX_OUTPUT_BYTES: Final = 8 << 10
 _READ_BYTES: Final = 64 << 10
@@ -38,6 +41,15 @@ if sys.version_info < (3, 11, 4):
     subprocess._USE_VFORK = False  # type: ignore[misc]
 
 _starting: set[threading.Thread] = set()
+
+
+class Ended(NamedTuple):
+    """How a program ended."""
+
+    #: Its exit status, negative for a signal; None when it was never started, or ran too long and was killed.
+    status: int | None
+    #: What was wrong, as the end of a sentence ("returned 1"); "" for status 0.
+    problem: str
 
 
 class _Started(NamedTuple):
@@ -57,45 +69,59 @@ class _Started(NamedTuple):
 
 
 async def run(
-    command: Sequence[str], variables: Mapping[str, str], timeout_s: float, on_line: Callable[[str], None]
-) -> str:
-    """Run a command to its end: what was wrong, as the end of a sentence ("returned 1"), or "" for status 0.
+    command: Sequence[str],
+    variables: Mapping[str, str],
+    timeout_s: float,
+    on_line: Callable[[str], None],
+    *,
+    stdin: bytes = b"",
+) -> Ended:
+    """Run a command to its end. `variables` are its environment besides PATH, LANG and HOME; it reads `stdin` (at most
+    `MAX_STDIN_BYTES`); each line that it prints, on either of its outputs, is given to `on_line` up to `MAX_LINES`.
 
     After `timeout_s`, and when the caller is cancelled, its whole process group gets SIGTERM and `GRACE_S` later
-    SIGKILL. What it leaves behind in the background when it ends in time is left alone.
+    SIGKILL. What it leaves behind in the background when it ends in time is left alone. Raises ValueError for more
+    input than that, and nothing else.
     """
+    if len(stdin) > MAX_STDIN_BYTES:
+        raise ValueError(f"{len(stdin)} bytes of input are more than {MAX_STDIN_BYTES}")
     if len(_starting) >= MAX_STARTING:
-        return f"cannot be started: {MAX_STARTING} hooks hang in their start (does the disk answer that they lie on?)"
+        hang = f"{MAX_STARTING} programs hang in their start (does the disk answer that they lie on?)"
+        return Ended(None, f"cannot be started: {hang}")
     limit_s = asyncio.get_running_loop().time() + timeout_s
-    starting = _start(command, variables)
+    starting = _start(command, variables, stdin)
     try:
         async with asyncio.timeout_at(limit_s):
             started = await asyncio.wrap_future(starting)
     except TimeoutError:
         starting.add_done_callback(_discard)
-        return f"could not be started within {timeout_s:g} s"
+        return Ended(None, f"could not be started within {timeout_s:g} s")
     except asyncio.CancelledError:
         starting.add_done_callback(_discard)
         raise
     except (OSError, ValueError) as error:
-        return f"cannot be started ({command[0]}: {getattr(error, 'strerror', None) or error})"
-    hook = _Running(started, on_line)
+        return Ended(None, f"cannot be started ({command[0]}: {getattr(error, 'strerror', None) or error})")
+    program = _Running(started, on_line)
     timed_out = False
     try:
         async with asyncio.timeout_at(limit_s):
-            await hook.exited.wait()
+            await program.exited.wait()
     except TimeoutError:
         timed_out = True
     finally:
-        status = await _to_the_end(hook)
+        status = await _to_the_end(program)
     if timed_out or status is None:
-        return f"ran longer than {timeout_s:g} s and was killed"
+        return Ended(None, f"ran longer than {timeout_s:g} s and was killed")
+    return Ended(status, _problem(status))
+
+
+def _problem(status: int) -> str:
     return "" if status == 0 else f"was ended by signal {-status}" if status < 0 else f"returned {status}"
 
 
-async def _to_the_end(hook: "_Running") -> int | None:
-    """`hook.end()`, not cut short by a cancellation that comes in the middle of it."""
-    ending = spawn(hook.end(), "end of a hook")
+async def _to_the_end(program: "_Running") -> int | None:
+    """`program.end()`, not cut short by a cancellation that comes in the middle of it."""
+    ending = spawn(program.end(), "end of a program")
     try:
         return await asyncio.shield(ending)
     except asyncio.CancelledError:
@@ -103,7 +129,7 @@ async def _to_the_end(hook: "_Running") -> int | None:
         raise
 
 
-def _start(command: Sequence[str], variables: Mapping[str, str]) -> "concurrent.futures.Future[_Started]":
+def _start(command: Sequence[str], variables: Mapping[str, str], stdin: bytes) -> "concurrent.futures.Future[_Started]":
     future: concurrent.futures.Future[_Started] = concurrent.futures.Future()
     # From now on it can't be cancelled: what has been started must be taken over by somebody.
     future.set_running_or_notify_cancel()
@@ -111,22 +137,22 @@ def _start(command: Sequence[str], variables: Mapping[str, str]) -> "concurrent.
 
     def start() -> None:
         try:
-            future.set_result(_popen(command, {**basics, **variables}))
+            future.set_result(_popen(command, {**basics, **variables}, stdin))
         except BaseException as error:
             future.set_exception(error)
         finally:
             _starting.discard(thread)
 
-    thread = threading.Thread(target=start, name="start of a hook", daemon=True)
+    thread = threading.Thread(target=start, name="start of a program", daemon=True)
     _starting.add(thread)
     thread.start()
     return future
 
 
-def _popen(command: Sequence[str], variables: Mapping[str, str]) -> _Started:
+def _popen(command: Sequence[str], variables: Mapping[str, str], stdin: bytes) -> _Started:
     process = subprocess.Popen(
         command,
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         bufsize=0,
@@ -134,6 +160,10 @@ def _popen(command: Sequence[str], variables: Mapping[str, str]) -> _Started:
         env=variables,
         start_new_session=True,
     )
+    if process.stdin is not None:
+        # All of it fits into the pipe: nothing waits for the program to read.
+        with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
+            pipe.write(stdin)
     try:
         return _Started(process, os.pidfd_open(process.pid))
     except OSError:
@@ -148,13 +178,13 @@ def _discard(future: "concurrent.futures.Future[_Started]") -> None:
 
 
 def _signal_group(process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
-    """To the hook and all that it has started; what runs as another user by now is out of reach."""
+    """To the program and all that it has started; what runs as another user by now is out of reach."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, number)
 
 
 class _Running:
-    """A hook's process. It is not reaped before `end`, so that until then its group's number is nobody else's."""
+    """A program's process. It is not reaped before `end`, so that until then its group's number is nobody else's."""
 
     def __init__(self, started: _Started, on_line: Callable[[str], None]) -> None:
         self.exited = asyncio.Event()
@@ -214,7 +244,7 @@ class _Running:
 
 
 class _LogLines:
-    """Makes lines of what a hook prints, up to the limits, and says once that there was more."""
+    """Makes lines of what a program prints, up to the limits, and says once that there was more."""
 
     def __init__(self, on_line: Callable[[str], None]) -> None:
         self._on_line = on_line
