@@ -163,6 +163,9 @@ class HeartbeatSettings:
     logging: Logging = Logging()
     respawn: tuple[Respawn, ...] = ()
     watchdog: Path | None = None
+    #: What a node does to itself when a group cannot be stopped: "reboot", or "nothing" (the group then stays where it
+    #: is until somebody mends it, or the other node fences this one).
+    on_stop_failure: str = "reboot"
     #: The TOML file, for what is named in it (replicated resources); None when there is none.
     config_path: Path | None = None
     #: Said once at the start: directives that have no effect, weak keys.
