@@ -7,6 +7,7 @@ doing when the target changes. Nothing here decides who may run the group: that 
 import asyncio
 import collections
 import contextlib
+import functools
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum, auto
@@ -308,8 +309,12 @@ def build_group(
     resources: list[Resource] = []
     runner = GroupRunner(settings, resources, now, changed)
     for resource_settings in settings.resources:
-        surroundings = Surroundings(everything, lambda index=len(resources): runner.look(runner.resources[index]))
+        surroundings = Surroundings(everything, functools.partial(_look, runner, len(resources)))
         resources.append(
             Resource(resource_settings, kind(resource_settings.kind).make(resource_settings, surroundings))
         )
     return runner
+
+
+def _look(runner: GroupRunner, index: int) -> None:
+    runner.look(runner.resources[index])
