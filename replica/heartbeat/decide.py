@@ -236,12 +236,12 @@ class _Case:
             return self._do(f"waits for {self.peer.name} to tell its state")
         if self.node != min(self.node, self.peer.name):
             return self._do(f"waits for {self.peer.name} to say who gets it")
-        could = {self.node: self.mine.ready.readiness is Readiness.YES, self.peer.name: self._peer_could}
+        ready = {self.node: self.mine.ready.readiness, self.peer.name: self.theirs.ready.readiness}
         preferred = self.group.preferred
         other = self.node if preferred == self.peer.name else self.peer.name
-        if could[preferred]:
+        if ready[preferred] is Readiness.YES:
             return self._do(f"is for {preferred}", claim=self.claim.next(preferred))
-        if could[other] and not self.all.young:
+        if ready[other] is Readiness.YES and not self.all.young:
             return self._do(f"is for {other}, for now", claim=self.claim.next(other))
         why = self.mine.ready.why if preferred == self.node else self.theirs.ready.why
         return self._do(f"waits: {why or 'not ready'} on {preferred}")
@@ -321,14 +321,19 @@ class _Case:
 
     def _reason_to_give(self) -> str:
         """Why the other node, which is able to, should have it; "" for: it should not."""
-        if not self._peer_could:
+        if not self._peer_up:
             return ""
         assert self.theirs is not None and self.peer.state is not None
+        ready, theirs = self.mine.ready, self.theirs.ready.readiness
         to = f"is given to {self.peer.name}"
-        if self.group.unwanted or self.theirs.wanted:
+        if (self.group.unwanted or self.theirs.wanted) and theirs >= Readiness.RELUCTANT:
             return f"{to} on request"
-        if self.mine.status is Status.FAILED or (self.mine.ready.readiness is Readiness.NO and self.peer.steady):
-            return f"{to}: {self.mine.problem or self.mine.ready.why} here"
+        if theirs is not Readiness.YES:
+            return ""
+        if ready.readiness is not Readiness.YES and self.mine.status.holds_nothing:
+            return f"{to}: {ready.why} here"
+        if ready.readiness is Readiness.NO and self.peer.steady:
+            return f"{to}: {ready.why} here"
         if self.peer.steady and self.all.pings_alive < self.peer.state.pings_alive:
             return f"{to}: it reaches {self.peer.state.pings_alive} ping nodes, {self.node} only {self.all.pings_alive}"
         if self._fails_back():

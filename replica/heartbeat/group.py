@@ -69,6 +69,8 @@ class GroupRunner:
         self._worker: asyncio.Task[None] | None = None
         self._ending: set[asyncio.Task[None]] = set()
         self._failures: collections.deque[float] = collections.deque(maxlen=settings.max_failures)
+        self._failed_out = False
+        self._failed_words = ""
 
     # ── what the daemon asks ─────────────────────────────────────────────────────────────────────────────────
 
@@ -139,6 +141,7 @@ class GroupRunner:
     def forget_failures(self) -> None:
         """An operator has mended it."""
         self._failures.clear()
+        self._failed_out = False
         if self.status is Status.FAILED:
             self._become(Status.STOPPED)
 
@@ -151,14 +154,18 @@ class GroupRunner:
     # ── failures ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def _failed_too_often(self) -> Ready:
-        """(They are not many: looked at when asked.)"""
+        if self._failures_in_window() >= self.settings.max_failures:
+            return Ready(Readiness.NO, self._failed_words)
+        if self._failed_out:
+            # Until somebody has mended it: going back and failing again would be an outage each time.
+            return Ready(Readiness.RELUCTANT, f"{self._failed_words}; `replicactl cluster --clear` forgets it")
+        return Ready()
+
+    def _failures_in_window(self) -> int:
         limit = self._now() - self.settings.failure_window_s
         while self._failures and self._failures[0] < limit:
             self._failures.popleft()
-        if len(self._failures) < self.settings.max_failures:
-            return Ready()
-        times = f"{len(self._failures)} times within {self.settings.failure_window_s:g} s"
-        return Ready(Readiness.NO, f"{self.resource} has failed {times} ({self.problem})")
+        return len(self._failures)
 
     def _failed(self, resource: Resource, problem: str) -> None:
         resource.problem = self.problem = problem
@@ -197,12 +204,15 @@ class GroupRunner:
                 failed = await self._watch()
             self._become(Status.STARTING)
             first = self.resources.index(failed)
-            if self._failed_too_often().readiness is Readiness.NO:
-                first = 0
-            if not await self._stop_down_to(first):
+            count = self._failures_in_window()
+            given_up = count >= self.settings.max_failures
+            if not await self._stop_down_to(0 if given_up else first):
                 return
-            if self._failed_too_often().readiness is Readiness.NO:
-                log.warning("%s: %s.", self.name, self._failed_too_often().why)
+            if given_up:
+                times = f"{count} times within {self.settings.failure_window_s:g} s"
+                self._failed_out = True
+                self._failed_words = f"{self.resource} has failed {times} ({self.problem})"
+                log.warning("%s: %s.", self.name, self._failed_words)
                 self._worker = None
                 self._become(Status.FAILED)
                 return

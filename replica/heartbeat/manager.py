@@ -24,6 +24,8 @@ log = logging.getLogger("replica.heartbeat")
 
 #: The part of deadtime that counts as one: by the time it was asleep for longer, the other node may have acted.
 _PAUSE_PART: Final = 0.9
+#: Between two heartbeats while the other node is silent: a cable that is plugged in again is to be noticed at once.
+_SEARCH_S: Final = 0.2
 #: How often the goodbye is said; it is not answered, and only spares the other node the doubt.
 _GOODBYES: Final = 3
 _GOODBYE_PAUSE_S: Final = 0.02
@@ -70,19 +72,20 @@ class Manager:
         self.runners = runners(self.wake)
         self.consents = Consents(judge, settings.peer, self.wake)
         self.decision = Decision("Starting.", Phase.LISTENING)
-        self.changed = asyncio.Event()
+        self._waiters: list[asyncio.Future[None]] = []
         self._held = held
         self._fence_self = fence_self
         self._digest = digest
         self._network: Network
         self._pings: Pings
-        self._phase = Phase.LISTENING
-        self._claims = {name: Claim(held.terms.get(name, 0)) for name in self.runners}
+        self.phase = Phase.LISTENING
+        self.claims = {name: Claim(held.terms.get(name, 0)) for name in self.runners}
         self._wanted: set[str] = set()
         self._unwanted: set[str] = set()
-        self._began_s = self._sent_s = clock.now()
-        self._listen_until_s = self._began_s + settings.timing.initdead_s
+        self.began_s = self._sent_s = clock.now()
+        self._listen_until_s = self.began_s + settings.timing.initdead_s
         self._peer_start = 0
+        self._peer_session: bytes | None = None
         self._peer_restarted = False
         self._steady_since_s: float | None = None
         self._sent = NodeState()
@@ -90,6 +93,11 @@ class Manager:
         self._timer: asyncio.TimerHandle | None = None
         self._said = ""
         self.left = asyncio.Event()
+
+    @property
+    def peer_alive(self) -> bool:
+        """Whether the other node counts as alive."""
+        return self._steady_since_s is not None
 
     # ── life ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -102,7 +110,7 @@ class Manager:
         for name, runner in self.runners.items():
             group = previous.groups.get(name)
             if group is not None:
-                self._claims[name] = group.claim
+                self.claims[name] = group.claim
             held = group is not None and group.running and group.claim.owner == self.settings.node
             await runner.begin(held=held)
         if any(group.running for group in previous.groups.values()):
@@ -115,11 +123,12 @@ class Manager:
         """Send, and look at the clock, until this node has left."""
         loop = asyncio.get_running_loop()
         keepalive_s = self.settings.timing.keepalive_s
+        search_s = min(keepalive_s, _SEARCH_S)
         due_s = loop.time()
         while not self.left.is_set():
             self.think()
             self._publish(always=True)
-            due_s = max(due_s + keepalive_s, loop.time())
+            due_s = max(due_s + (keepalive_s if self.peer_alive else search_s), loop.time())
             try:
                 async with asyncio.timeout_at(due_s):
                     await self.left.wait()
@@ -131,7 +140,7 @@ class Manager:
 
     def leave(self) -> None:
         """Hand everything over; `left` is set when that is done."""
-        self._phase = Phase.LEAVING
+        self.phase = Phase.LEAVING
         self.wake()
 
     async def close(self) -> None:
@@ -154,8 +163,9 @@ class Manager:
         """The other node was heard."""
         self._after_pause()
         peer = self._network.peer()
-        if not peer.hears_us and not peer.left:
-            # It knows nothing of this session of ours: answering at once spares it a keepalive.
+        if peer.session != self._peer_session or not (peer.hears_us or peer.left):
+            # One of the two does not know the other's session yet: answering at once spares a keepalive.
+            self._peer_session = peer.session
             self._publish(always=True)
         self.think()
 
@@ -163,7 +173,7 @@ class Manager:
         """Before anything else: was this process (or the machine) stopped for too long?"""
         now = clock.now()
         asleep_s = now - self._sent_s
-        if asleep_s < self.settings.timing.deadtime_s * _PAUSE_PART or self._phase is Phase.LEFT:
+        if asleep_s < self.settings.timing.deadtime_s * _PAUSE_PART or self.phase is Phase.LEFT:
             return
         self._sent_s = now
         for runner in self.runners.values():
@@ -172,8 +182,8 @@ class Manager:
         self._network.renew()
         self.consents.forget()
         log.warning("This node was paused for %.1f s: it holds nothing until it knows what has happened.", asleep_s)
-        if self._phase is Phase.UP:
-            self._phase = Phase.LISTENING
+        if self.phase is Phase.UP:
+            self.phase = Phase.LISTENING
             self._listen_until_s = now + self.settings.timing.deadtime_s
 
     def think(self) -> None:
@@ -186,7 +196,7 @@ class Manager:
         peer = self._look_at_peer(now)
         decision = decide(self._snapshot(now, peer))
         self.decision = decision
-        self._phase = decision.phase
+        self.phase = decision.phase
         sentence = _without_figures(decision.sentence)
         if sentence != self._said:
             self._said = sentence
@@ -195,9 +205,12 @@ class Manager:
             self._carry_out(name, verdict.claim, verdict.action, peer)
         self._hold(now)
         self._publish(always=False)
-        self.changed.set()
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
         self._set_timer(now, peer)
-        if self._phase is Phase.LEFT:
+        if self.phase is Phase.LEFT:
             self.left.set()
 
     def _look_at_peer(self, now: float) -> PeerView:
@@ -237,10 +250,10 @@ class Manager:
         return Snapshot(
             self.settings.node,
             peer,
-            self._phase,
+            self.phase,
             tuple(self._group(runner) for runner in self.runners.values()),
             listened=now >= self._listen_until_s,
-            young=now - self._began_s < timing.initdead_s,
+            young=now - self.began_s < timing.initdead_s,
             auto_failback=self.settings.auto_failback,
             pings_alive=self._pings.alive,
             pings=self._pings.total,
@@ -249,12 +262,13 @@ class Manager:
     def _group(self, runner: GroupRunner) -> Group:
         name = runner.name
         consent, words = self.consents.of(name)
-        return Group(name, runner.settings.preferred, self._group_state(runner), consent, words, name in self._unwanted)
+        return Group(name, runner.settings.preferred, self.group_state(runner), consent, words, name in self._unwanted)
 
-    def _group_state(self, runner: GroupRunner) -> GroupState:
+    def group_state(self, runner: GroupRunner) -> GroupState:
+        """What this node says of a group."""
         name = runner.name
         return GroupState(
-            self._claims[name],
+            self.claims[name],
             runner.status,
             runner.ready(),
             name in self._wanted,
@@ -266,9 +280,9 @@ class Manager:
 
     def _carry_out(self, name: str, claim: Claim, action: Action | None, peer: PeerView) -> None:
         runner = self.runners[name]
-        if claim != self._claims[name]:
+        if claim != self.claims[name]:
             log.info("%s: is %s's now (term %d).", name, claim.owner or "nobody", claim.term)
-            self._claims[name] = claim
+            self.claims[name] = claim
             self._unwanted.discard(name)
             self._wanted.discard(name)
             if claim.by_operator:
@@ -292,15 +306,15 @@ class Manager:
                 self._fence_self(runner.problem)
 
     def _hold(self, now: float) -> None:
-        if self._phase is Phase.LISTENING:
+        if self.phase is Phase.LISTENING:
             return
         for name, runner in self.runners.items():
-            if self._claims[name].owner == self.settings.node:
+            if self.claims[name].owner == self.settings.node:
                 runner.hold(now + self.settings.timing.deadtime_s)
 
     def _state(self) -> NodeState:
-        groups = {name: self._group_state(runner) for name, runner in self.runners.items()}
-        return NodeState(self._phase, groups, self._pings.alive, self._pings.total, self._digest)
+        groups = {name: self.group_state(runner) for name, runner in self.runners.items()}
+        return NodeState(self.phase, groups, self._pings.alive, self._pings.total, self._digest)
 
     def _publish(self, *, always: bool) -> None:
         state = self._state()
@@ -339,7 +353,7 @@ class Manager:
 
     async def standby(self, which: str, tell: Callable[[str], Awaitable[None]]) -> None:
         """Give groups to the other node: "all" that are here, "local" (preferred here) or "foreign" ("failback")."""
-        here = [r for name, r in self.runners.items() if self._claims[name].owner == self.settings.node]
+        here = [r for name, r in self.runners.items() if self.claims[name].owner == self.settings.node]
         node = self.settings.node
         groups = [r.name for r in here if which == "all" or (r.settings.preferred == node) == (which == "local")]
         for name in groups:
@@ -352,7 +366,7 @@ class Manager:
         peer = self._network.peer()
         if self._steady_since_s is None or peer.state is None:
             raise Refused(f"{self.settings.peer} does not answer: what it holds is taken over without being asked for.")
-        groups = [name for name, claim in self._claims.items() if claim.owner != self.settings.node]
+        groups = [name for name, claim in self.claims.items() if claim.owner != self.settings.node]
         for name in groups:
             ready = self.runners[name].ready()
             if ready.readiness is not Readiness.YES:
@@ -376,12 +390,12 @@ class Manager:
             async with asyncio.timeout(sum(map(self._patience_s, groups))):
                 for name in groups:
                     while (status := self._status_at(name, to)) is not Status.STARTED:
-                        if self._claims[name].owner == to and name not in released:
+                        if self.claims[name].owner == to and name not in released:
                             released.add(name)
                             await tell(f"{name}: released")
-                        elif self._claims[name].owner == to and status is Status.FAILED:
+                        elif self.claims[name].owner == to and status is Status.FAILED:
                             raise Refused(f"{name} has failed on {to}: {self.decision.groups[name].words}.")
-                        await self._next_change()
+                        await self.next_change()
                     await tell(f"{name}: acquired by {to}")
         except TimeoutError:
             raise Refused(f"not everything runs on {to} yet: {self.decision.sentence}") from None
@@ -399,9 +413,11 @@ class Manager:
         group = None if state is None else state.groups.get(name)
         return None if group is None else group.status
 
-    async def _next_change(self) -> None:
-        self.changed.clear()
-        await self.changed.wait()
+    async def next_change(self) -> None:
+        """Return after the next decision."""
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        await waiter
 
     def clear_failures(self) -> None:
         """An operator has mended what failed."""

@@ -60,7 +60,9 @@ class Readiness(IntEnum):
     NO = 0
     #: Only when the other node is dead: the copy is whole but not in touch with the other one.
     IF_ALONE = 1
-    YES = 2
+    #: It has failed there: only where no node is better.
+    RELUCTANT = 2
+    YES = 3
 
 
 class Ready(NamedTuple):
