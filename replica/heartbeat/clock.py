@@ -4,5 +4,5 @@ import time
 
 
 def now() -> float:
-    """Seconds since the boot, those in which the machine slept included: a node that was paused has to know it."""
+    """Seconds since the boot of this machine, suspension included: what a node slept through has passed."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)

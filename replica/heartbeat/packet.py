@@ -244,8 +244,9 @@ def _echo(value: object) -> Echo:
 
 def _number(value: object) -> Number:
     match value:
-        case [int(start), int(sequence)] if 0 <= start < MAX_NUMBER and 0 <= sequence < MAX_NUMBER:
-            return Number(start, sequence)
+        case [int(start), int(sequence)] if not isinstance(start, bool) and not isinstance(sequence, bool):
+            if 0 <= start < MAX_NUMBER and 0 <= sequence < MAX_NUMBER:
+                return Number(start, sequence)
     raise ValueError("its number is none")
 
 

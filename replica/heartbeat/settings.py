@@ -48,6 +48,9 @@ class PathSettings:
     address: str
     port: int = DEFAULT_PORT
     ttl: int = 1  # multicast only
+    #: This node's own address to send from and listen on (unicast); "" leaves it to the kernel. Only so can two nodes
+    #: share a machine.
+    local: str = ""
 
     @property
     def name(self) -> str:
