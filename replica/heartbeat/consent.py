@@ -118,11 +118,13 @@ class Consents:
         self._vouched = ""
 
     async def _ask(self, group: GroupSettings) -> None:
+        # What is heard of it from now on is not from before its end.
+        began_s = clock.now()
         answer = Answer(True, self._vouched, True) if self._vouched else await self._judge.ask(group, self._peer)
         del self._asking[group.name]
         self._answers[group.name] = answer
         if answer.fenced:
-            self.fenced_s = clock.now()
+            self.fenced_s = began_s
         if not answer.granted:
             asyncio.get_running_loop().call_later(answer.retry_s, self._ask_again, group.name, answer)
         self._changed()

@@ -221,7 +221,7 @@ class Manager:
         if peer.start_number != self._peer_start:
             self._peer_restarted = self._peer_start != 0
             self._peer_start = peer.start_number
-            self._steady_since_s = now
+            self._steady_since_s = None
         if self._steady_since_s is None:
             self._steady_since_s = now
             self.consents.forget()
