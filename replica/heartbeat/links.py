@@ -79,8 +79,9 @@ class Way:
         """Whether a packet came by it."""
         if self.settings.interface and arrival.interface != self.interface:
             return False
-        known_by = arrival.source if self.settings.kind is PathKind.UNICAST else arrival.destination
-        return known_by == self.address
+        if self.settings.kind is PathKind.UNICAST:
+            return arrival.source == self.address and not arrival.to_many
+        return arrival.destination == self.address
 
 
 def way_of(arrival: Arrival, ways: Iterable[Way]) -> int | None:
@@ -93,7 +94,7 @@ def way_of(arrival: Arrival, ways: Iterable[Way]) -> int | None:
             return index
         if way.settings.kind is PathKind.UNICAST and way.interface and way.interface == arrival.interface:
             alike.append(index)
-    return alike[0] if len(alike) == 1 else None
+    return alike[0] if len(alike) == 1 and not arrival.to_many else None
 
 
 class Links:
@@ -186,15 +187,15 @@ class Links:
         path = way.settings
         if not way.address:
             raise _NotNowError(f"the address of {path.address} is not known")
+        bind = way.bind
+        with _saying(f"listening on {bind.address} port {bind.port}".replace("  ", " ")):
+            made = self._sockets.get(bind) or self._open(bind)
         way.interface = 0
         if path.interface:
             with _saying(f"interface {path.interface}"):
                 way.interface = sockets.interface_index(path.interface)
         if way.own:
             return None
-        bind = way.bind
-        with _saying(f"listening on {bind.address} port {bind.port}".replace("  ", " ")):
-            made = self._sockets.get(bind) or self._open(bind)
         if path.kind is PathKind.MULTICAST and way.joined != (made, way.interface):
             with _saying(f"joining group {way.address}"):
                 sockets.join(made, way.address, way.interface)
@@ -208,10 +209,11 @@ class Links:
         return made
 
     async def _resolve(self, way: Way) -> None:
-        loop = asyncio.get_running_loop()
+        loop, path = asyncio.get_running_loop(), way.settings
+        family = sockets.family_of(path.local) if path.local else 0
         while True:
             try:
-                found = await loop.getaddrinfo(way.settings.address, None, type=socket.SOCK_DGRAM)
+                found = await loop.getaddrinfo(path.address, None, family=family, type=socket.SOCK_DGRAM)
             except OSError:
                 await asyncio.sleep(_RESOLVE_AGAIN_S)
                 continue

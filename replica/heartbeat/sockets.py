@@ -44,6 +44,11 @@ class Arrival(NamedTuple):
     destination: str
     interface: int
 
+    @property
+    def to_many(self) -> bool:
+        """Whether it was sent to a group, or to all."""
+        return self.destination == BROADCAST or (bool(self.destination) and _is_multicast(self.destination))
+
 
 def open_socket(bind: Bind) -> socket.socket:
     """Ready to send and to receive; OSError."""
