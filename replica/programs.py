@@ -27,6 +27,8 @@ MAX_STDIN_BYTES: Final = 64 << 10
 #: What a program prints is listened to up to here.
 MAX_LINES: Final = 64
 MAX_OUTPUT_BYTES: Final = 8 << 10
+#: Stands in place of what is beyond that.
+NOT_LOGGED: Final = "(the rest of its output is not logged)"
 _READ_BYTES: Final = 64 << 10
 #: Output that is no longer logged is thrown away so seldom that a flood of it costs next to nothing.
 _FLOOD_PAUSE_S: Final = 0.02
@@ -80,9 +82,9 @@ async def run(
     """Run a command to its end. `variables` are its environment besides PATH, LANG and HOME; it reads `stdin` (at most
     `MAX_STDIN_BYTES`); each line that it prints, on either of its outputs, is given to `on_line` up to `MAX_LINES`.
 
-    After `timeout_s` (None: no limit), and when the caller is cancelled, its whole process group gets SIGTERM and `GRACE_S` later
-    SIGKILL. What it leaves behind in the background when it ends in time is left alone. Raises ValueError for more
-    input than that, and nothing else.
+    After `timeout_s` (None: no limit), and when the caller is cancelled, its whole process group gets SIGTERM and
+    `GRACE_S` later SIGKILL. What it leaves behind in the background when it ends in time is left alone. Raises
+    ValueError for more input than that, and nothing else.
     """
     if len(stdin) > MAX_STDIN_BYTES:
         raise ValueError(f"{len(stdin)} bytes of input are more than {MAX_STDIN_BYTES}")
@@ -288,4 +290,4 @@ class _LogLines:
     def _cut(self) -> None:
         if not self.full:
             self.full = True
-            self._on_line("(the rest of its output is not logged)")
+            self._on_line(NOT_LOGGED)

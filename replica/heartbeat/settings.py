@@ -165,6 +165,8 @@ class HeartbeatSettings:
     watchdog: Path | None = None
     #: The TOML file, for what is named in it (replicated resources); None when there is none.
     config_path: Path | None = None
+    #: The directory of ha.cf, whose ``resource.d`` is searched first; None without `--ha-dir`.
+    ha_dir: Path | None = None
     #: Said once at the start: directives that have no effect, weak keys.
     warnings: tuple[str, ...] = ()
 
