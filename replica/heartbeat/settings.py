@@ -171,6 +171,8 @@ class HeartbeatSettings:
     on_stop_failure: str = "reboot"
     #: The TOML file, for what is named in it (replicated resources); None when there is none.
     config_path: Path | None = None
+    #: The directory of ha.cf, whose ``resource.d`` is searched first; None without `--ha-dir`.
+    ha_dir: Path | None = None
     #: Said once at the start: directives that have no effect, weak keys.
     warnings: tuple[str, ...] = ()
 
