@@ -23,6 +23,8 @@ from replica.toml_lines import KeyPath
 __all__ = ["Cluster", "Config", "ConfigError", "Listen", "Node", "Resource", "ResourceSide", "load_config"]
 
 DEFAULT_PATH = "/etc/replica/replica.toml"
+DEFAULT_STATE_DIR = "/var/lib/replica"
+DEFAULT_RUN_DIR = "/run/replica"
 MIN_SECRET_BYTES = 16
 _MAX_SECRET_BYTES = 4096
 _NODES = 2
@@ -222,7 +224,8 @@ def _read_heartbeat(
     def is_own(address: str) -> bool:
         return address == here.address
 
-    return read_sections(top, Members(here.name, peer.name, peer.address, is_own, frozenset(resources), file.path))
+    members = Members(here.name, peer.name, here.address, peer.address, is_own, frozenset(resources), file.path)
+    return read_sections(top, members)
 
 
 def _read_nodes(file: ConfigFile, top: Table) -> dict[str, Node]:
@@ -261,7 +264,7 @@ def _read_cluster(table: Table, need_secret: bool) -> Cluster:
     secret_file = file.resolve(table.value("secret-file", values.text, "name the file of the shared secret"))
     state_dir, run_dir = (
         file.resolve(table.value(key, values.text) if key in table.items else default)
-        for key, default in (("state-dir", "/var/lib/replica"), ("run-dir", "/run/replica"))
+        for key, default in (("state-dir", DEFAULT_STATE_DIR), ("run-dir", DEFAULT_RUN_DIR))
     )
     secret = _read_secret(file, secret_file) if need_secret else b""
     return Cluster(name, secret_file, state_dir, run_dir, secret)

@@ -136,8 +136,8 @@ def _check_replica(entry: Table, resource: ResourceSettings, replicas: frozenset
     name = entry.items[resource.kind]
     if name not in replicas:
         hint = suggestion(str(name), replicas) or (f" (it has {', '.join(sorted(replicas))})" if replicas else "")
-        where = f"in {file}{hint}" if file is not None else ", for there is no configuration of replicad"
-        raise entry.file.error((*entry.key, resource.kind), f"there is no [resource.{name}] {where}")
+        where = f" in {file}{hint}" if file is not None else ", for there is no configuration of replicad"
+        raise entry.file.error((*entry.key, resource.kind), f"there is no [resource.{name}]{where}")
 
 
 def _check_alone(entry: Table, resource: ResourceSettings, group: str, holders: dict[tuple[str, str], str]) -> None:

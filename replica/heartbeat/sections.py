@@ -5,7 +5,7 @@ Every error is a ConfigError with file and line. Nothing outside of the tables i
 
 import ipaddress
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -25,7 +25,7 @@ from replica.heartbeat.settings import (
     Timing,
 )
 from replica.heartbeat.values import interface as interface_name
-from replica.heartbeat.values import ip_addresses, tables
+from replica.heartbeat.values import ip_address, ip_addresses, tables
 from replica.heartbeat.values import table as a_table
 
 SECTIONS: Final = ("heartbeat", "group", "fencing")
@@ -57,6 +57,7 @@ HEARTBEAT_KEYS: Final[Mapping[str, Key]] = {
     "failback-delay": Key(values.seconds(0, 3600), 5.0),
     "auto-failback": Key(values.boolean, True),
     "promote-without-fencing": Key(values.boolean, False),
+    "on-stop-failure": Key(values.one_of("reboot", "nothing"), "reboot"),
     "port": Key(values.integer(1, 65535), DEFAULT_PORT),
     "paths": Key(tables, per_node=True),
     "ping": Key(ip_addresses),
@@ -68,7 +69,7 @@ HEARTBEAT_KEYS: Final[Mapping[str, Key]] = {
     "watchdog": Key(values.text, per_node=True),
     "respawn": Key(tables),
 }
-_PATH_KEYS: Final = ("kind", "interface", "address", "port", "ttl")
+_PATH_KEYS: Final = ("kind", "interface", "address", "local", "port", "ttl")
 
 
 class Members(NamedTuple):
@@ -76,7 +77,8 @@ class Members(NamedTuple):
 
     node: str
     peer: str
-    #: Where heartbeats go when no path is given.
+    #: Between these heartbeats go when no path is given.
+    address: str
     peer_address: str | None
     #: Whether an address is this node's own: heartbeats are not sent there.
     is_own: Callable[[str], bool]
@@ -87,7 +89,7 @@ class Members(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sections:
-    """What they say; the fields are those of `HeartbeatSettings`, but for ``authkeys``."""
+    """What they say; but for ``authkeys``, the fields are those of `HeartbeatSettings`."""
 
     timing: Timing
     paths: tuple[PathSettings, ...]
@@ -99,8 +101,13 @@ class Sections:
     logging: Logging
     respawn: tuple[Respawn, ...]
     watchdog: Path | None
+    on_stop_failure: str
     authkeys: Path | None  # a file of Heartbeat's, in place of the cluster's secret
     warnings: list[str] = field(default_factory=list)
+
+    def as_settings(self) -> dict[str, Any]:
+        """The fields of `HeartbeatSettings` that follow from them alone."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("authkeys", "warnings")}
 
 
 def read_sections(top: Table, members: Members) -> Sections:
@@ -134,6 +141,7 @@ def read_sections(top: Table, members: Members) -> Sections:
         logging=Logging(path("log-file"), path("debug-file"), get("log-facility")),
         respawn=tuple(map(_read_respawn, heartbeat.tables("respawn"))),
         watchdog=path("watchdog"),
+        on_stop_failure=get("on-stop-failure"),
         authkeys=path("authkeys"),
         warnings=warnings,
     )
@@ -193,7 +201,8 @@ def _read_paths(table: Table, members: Members, port: int) -> tuple[PathSettings
     if "paths" not in table.items:
         if members.peer_address is None:
             return ()
-        return (PathSettings(PathKind.UNICAST, "", members.peer_address, port),)
+        local = members.address if _is_in_numbers(members.address) else ""
+        return (PathSettings(PathKind.UNICAST, "", members.peer_address, port, local=local),)
     # Both nodes' addresses may stand there, so that the file is the same on both.
     paths = [
         path
@@ -230,15 +239,23 @@ def _read_path(entry: Table, port: int) -> PathSettings:
         if (kind is PathKind.MULTICAST) != _is_multicast(address):
             raise entry.file.error((*entry.key, "address"), f"must be {whose} address for {kind}, not {address!r}")
     ttl = entry.value("ttl", values.integer(1, 255)) if "ttl" in entry.items else 1
+    local = entry.value("local", ip_address) if "local" in entry.items else ""
+    if local and kind is not PathKind.UNICAST:
+        raise entry.file.error((*entry.key, "local"), f"has no meaning for {kind}: name an interface")
     own_port = entry.value("port", values.integer(1, 65535)) if "port" in entry.items else port
-    return PathSettings(kind, interface, address, own_port, ttl)
+    return PathSettings(kind, interface, address, own_port, ttl, local)
 
 
 def _is_multicast(address: str) -> bool:
+    return _is_in_numbers(address) and ipaddress.ip_address(address).is_multicast
+
+
+def _is_in_numbers(address: str) -> bool:
     try:
-        return ipaddress.ip_address(address.partition("%")[0]).is_multicast
+        ipaddress.ip_address(address)
     except ValueError:
         return False
+    return True
 
 
 def _read_pings(table: Table, taken: frozenset[str], warnings: list[str]) -> tuple[PingSettings, ...]:

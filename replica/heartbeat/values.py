@@ -28,6 +28,14 @@ def interface(value: object) -> str:
     return value
 
 
+def ip_address(value: object) -> str:
+    """An IP address in its usual form."""
+    try:
+        return str(ipaddress.ip_address(value if isinstance(value, str) else ""))
+    except ValueError:
+        raise ValueError(f"must be an IP address, not {value!r}") from None
+
+
 def ip_addresses(value: object) -> list[str]:
     """A list of different IP addresses, in their usual form. (Names could not be looked up while the network fails.)"""
     if not isinstance(value, list) or not value:
@@ -35,7 +43,7 @@ def ip_addresses(value: object) -> list[str]:
     addresses: list[str] = []
     for item in value:
         try:
-            address = str(ipaddress.ip_address(item if isinstance(item, str) else ""))
+            address = ip_address(item)
         except ValueError:
             raise ValueError(f"must be a list of IP addresses: {item!r} is none") from None
         if address in addresses:

@@ -54,7 +54,7 @@ auto-failback = false
 promote-without-fencing = true
 port = 1694
 paths = [
-  { interface = "eth0", address = "192.168.2.44" },
+  { interface = "eth0", address = "192.168.2.44", local = "192.168.2.45" },
   { kind = "ucast", interface = "eth0", address = "192.168.2.45" },
   { kind = "bcast", interface = "eth1", port = 7000 },
   { kind = "mcast", interface = "eth2", address = "239.0.0.1", ttl = 2 },
@@ -65,7 +65,7 @@ log-file = "/var/log/heartbeat.log"
 debug-file = "/var/log/ha-debug.log"
 log-facility = "local0"
 respawn = [ { user = "nobody", command = "/usr/bin/tool -x" } ]
-
+on-stop-failure = "nothing"
 [heartbeat.on.node2]
 paths = [ { address = "10.0.0.1" } ]
 watchdog = "/dev/watchdog"
@@ -154,6 +154,7 @@ def test_everything_that_can_be_set(write: Callable[[str], Path], tmp_path: Path
     assert settings.logging == Logging(Path("/var/log/heartbeat.log"), Path("/var/log/ha-debug.log"), "local0")
     assert settings.respawn == (Respawn("nobody", ("/usr/bin/tool", "-x")),)
     assert settings.watchdog is None
+    assert settings.on_stop_failure == "nothing"
     assert settings.state_dir == tmp_path / "state/node1"
     assert settings.control_socket == tmp_path / "run/node1/heartbeat.sock"
     assert settings.config_path == tmp_path / "replica.toml"
@@ -203,7 +204,7 @@ def test_what_is_set_for_the_other_node(write: Callable[[str], Path]) -> None:
 
 def test_defaults(write: Callable[[str], Path]) -> None:
     settings = load_heartbeat(write(BASE + "[heartbeat]\n"), "node2")
-    assert settings.paths == (PathSettings(PathKind.UNICAST, "", "192.168.2.44"),)
+    assert settings.paths == (PathSettings(PathKind.UNICAST, "", "192.168.2.44", local="192.168.2.45"),)
     assert settings.timing == Timing()
     assert (settings.groups, settings.pings, settings.fencing, settings.warnings) == ((), (), {}, ())
     assert settings.auto_failback
@@ -290,13 +291,21 @@ MISTAKES = [
     ("deadping = 3", "deadping = 1", 6, "heartbeat.deadping", "must be more than twice keepalive"),
     ("auto-failback = false", 'auto-failback = "off"', 8, "heartbeat.auto-failback", "must be true or false"),
     ("port = 1694", "port = 0", 10, "heartbeat.port", "must be a whole number"),
-    ('"192.168.2.44" },', '"192.168.2.44", to = 1 },', 12, "heartbeat.paths[1].to", "unknown key"),
+    ('local = "192.168.2.45" },', "to = 1 },", 12, "heartbeat.paths[1].to", "unknown key"),
     ('kind = "ucast"', 'kind = "serial"', 13, "heartbeat.paths[2].kind", "must be ucast, bcast or mcast"),
     ('interface = "eth1", port', "port", 14, "heartbeat.paths[3]", "needs interface, through which bcast goes"),
     ("port = 7000", 'address = "192.168.2.255"', 14, "heartbeat.paths[3].address", "has no meaning for bcast"),
     ('"239.0.0.1"', '"192.168.2.45"', 15, "heartbeat.paths[4].address", "must be that of the multicast group"),
     ('"eth2", address = "239.0.0.1", ', '"eth2", ', 15, "heartbeat.paths[4].address", "is missing: name an address"),
-    ('"192.168.2.44" },', '"192.168.2.45" },', 11, "heartbeat.paths", "has ucast eth0 192.168.2.45 twice"),
+    (
+        '"192.168.2.44", local = "192.168.2.45" },',
+        '"192.168.2.45" },',
+        11,
+        "heartbeat.paths",
+        "has ucast eth0 192.168.2.45 twice",
+    ),
+    ("ttl = 2", 'local = "10.0.0.1"', 15, "heartbeat.paths[4].local", "has no meaning for mcast"),
+    ('local = "192.168.2.45"', 'local = "x"', 12, "heartbeat.paths[1].local", "must be an IP address, not 'x'"),
     ("ttl = 2", "ttl = 0", 15, "heartbeat.paths[4].ttl", "must be a whole number from 1 to 255"),
     ('interface = "eth1"', 'interface = "a/b"', 14, "heartbeat.paths[3].interface", "name of a network interface"),
     ('ping = ["192.168.2.1"', 'ping = ["gateway"', 17, "heartbeat.ping", "'gateway' is none"),
