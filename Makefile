@@ -20,7 +20,7 @@ VM_DIR := $(or $(REPLICA_VM_DIR),build/vm)
 VM_IMAGE := $(VM_DIR)/root.ext4
 
 # tests/vm takes minutes of emulation: it has a target of its own.
-TEST_DIRS := $(wildcard tests/unit tests/interop tests/cluster tests/fuzz tests/sim)
+TEST_DIRS := $(wildcard tests/unit tests/interop tests/cluster tests/fuzz tests/sim tests/hosts)
 BENCH_COLUMNS := min,median,mean,stddev,ops,rounds,iterations
 
 SEEDS ?= 1000

@@ -1,0 +1,293 @@
+"""A host of a lab: processes, network, host name and file system of its own, and what can happen to it.
+
+Its file system is the machine's own, with a private layer above it that is kept over a reboot, as a disk is; /run, /tmp
+and /dev/shm are empty after a boot. The machine's devices are shared. /lab is a folder that all hosts see.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
+
+from tests.hosts.namespace import LabError, Namespace, run, state_of
+from tests.hosts.switch import all_of
+from tests.processes import PATIENCE_S
+
+if TYPE_CHECKING:
+    from tests.hosts.lab import Lab
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+_NAMESPACES: Final = ("--net", "--uts", "--ipc", "--mount", "--pid")
+_STOPPED: Final = frozenset("TtZX")
+
+
+def now() -> float:
+    """CLOCK_BOOTTIME in seconds: the same on all hosts, and in the program under test."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class Card(NamedTuple):
+    """A network card: eth0 is on network 0, and so on; without an address it does not take part in ARP either."""
+
+    interface: str
+    network: int
+    address: str = ""
+
+    @property
+    def mac(self) -> str:
+        """Made of network and address, so that it is the same after a reboot."""
+        last = int(self.address.partition("/")[0].rpartition(".")[2] or 254)
+        return f"02:00:00:00:{self.network:02x}:{last:02x}"
+
+
+class Host:
+    """One host, off at first."""
+
+    interpreter: Final = sys.executable
+
+    def __init__(self, lab: "Lab", name: str, cards: Sequence[Card]) -> None:
+        self.lab = lab
+        self.name = name
+        self.cards = cards
+        self.disk = lab.disks / name
+        self.frozen = False
+        #: What is started by a boot, as by an init system: called with the host.
+        self.at_boot: list[Callable[[Host], object]] = []
+        self._running: Namespace | None = None
+
+    def __repr__(self) -> str:
+        return f"<{self.name}>"
+
+    @property
+    def address(self) -> str:
+        """On network 0, without the prefix."""
+        return self.cards[0].address.partition("/")[0]
+
+    def ports(self, *interfaces: str) -> list[str]:
+        """The ports of the switch behind these interfaces, or behind all."""
+        return [
+            f"{self.name}.{card.interface}" for card in self.cards if not interfaces or card.interface in interfaces
+        ]
+
+    # ── power ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def on(self) -> bool:
+        """Whether it has power (a host may also end itself, by reboot(2))."""
+        return self._running is not None and self._running.alive
+
+    @property
+    def off(self) -> bool:
+        """Whether nothing is left of it: a host that has ended itself is neither on nor off before `power_cut`."""
+        return self._running is None
+
+    @property
+    def namespace(self) -> Namespace:
+        """That of the host, which must be on; LabError."""
+        if self._running is None:
+            raise LabError(f"{self.name} is off")
+        return self._running
+
+    def wait_off(self) -> None:
+        """Until it has ended itself; LabError after a time."""
+        if not self.namespace.wait():
+            raise LabError(f"{self.name} is still on")
+
+    def boot(self) -> "Host":
+        """Power on; returns when its interfaces are up and what belongs to the boot (`at_boot`) is started."""
+        with self.lab.lock:
+            if self.on:
+                raise LabError(f"{self.name} is on")
+            if self._running is not None:
+                self.power_cut()  # it has ended itself: what is left goes
+            self._boot()
+        return self
+
+    def _boot(self) -> None:
+        spec = {
+            "name": self.name,
+            "disk": str(self.disk),
+            "shared": self.lab.shared_folders(),
+            "files": {"/etc/hostname": f"{self.name}\n", "/etc/hosts": self.lab.hosts_file()},
+        }
+        self._running = Namespace("host", spec, _NAMESPACES, within=self.lab.ground)
+        self.lab.identities |= self._running.identities
+        for card, port in zip(self.cards, self.ports(), strict=True):
+            self.lab.switch.connect(port, card.network, self._running.pid, card.interface, card.mac)
+            link = ["ip", "link", "set", card.interface]
+            if card.address:
+                self.run("ip", "address", "add", card.address, "brd", "+", "dev", card.interface)
+            else:
+                self.run(*link, "arp", "off")
+            self.run(*link, "up")
+        self.lab.note(f"boot {self.name}")
+        for start in self.at_boot:
+            start(self)
+
+    def power_cut(self) -> None:
+        """Everything of it ends at once. What was written stays; nothing is said to anybody."""
+        with self.lab.lock:
+            self.lab.note(f"power cut {self.name}")
+            # The ports first: the kernel would answer for the dead, with RST for their connections.
+            with contextlib.suppress(LabError):
+                self.lab.switch.pull(*self.ports())
+            if self.frozen:
+                self.lab.switch.pass_on(*all_of(self.ports()))
+                self.frozen = False
+            running, self._running = self.namespace, None
+            loops = _loop_devices(running.pid)
+            running.kill()
+            self.lab.switch.remove(*self.ports())
+            for device in loops:  # those are the machine's
+                with contextlib.suppress(LabError):
+                    run(["losetup", "--detach", device])
+
+    # ── other faults ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def pull(self, *interfaces: str) -> None:
+        """Take out the cables of these interfaces, or all."""
+        self.lab.note(f"pull {' '.join(self.ports(*interfaces))}")
+        self.lab.switch.pull(*self.ports(*interfaces))
+
+    def plug(self, *interfaces: str) -> None:
+        """Put them in again."""
+        self.lab.switch.plug(*self.ports(*interfaces))
+        self.lab.note(f"plug {' '.join(self.ports(*interfaces))}")
+
+    def freeze(self) -> None:
+        """It does nothing any more, as a virtual machine that is paused; its network keeps the carrier."""
+        with self.lab.lock:
+            self.lab.switch.drop(*all_of(self.ports()))  # its kernel would answer
+            self.frozen = True
+            while running := [pid for pid in self.namespace.processes() if state_of(pid) not in _STOPPED]:
+                for pid in running:  # again, as one may have forked meanwhile
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGSTOP)
+        self.lab.note(f"freeze {self.name}")
+
+    def thaw(self) -> None:
+        """It goes on where it was. Its kernel answers before its processes do: that is the hard case."""
+        with self.lab.lock:
+            self.lab.note(f"thaw {self.name}")
+            self.lab.switch.pass_on(*all_of(self.ports()))
+            self.frozen = False
+            for pid in self.namespace.processes():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
+    # ── what runs on it ──────────────────────────────────────────────────────────────────────────────────────
+
+    def command(self, *command: str | Path) -> list[str]:
+        """The command line that runs this on the host."""
+        return [*self.namespace.enter("-n", "-u", "-i", "-m", "-p"), *map(str, command)]
+
+    def run(self, *command: str | Path, stdin: str = "") -> str:
+        """What a program printed; LabError with its words when it fails or does not end in time."""
+        return run(self.command(*command), stdin)
+
+    def try_run(
+        self, *command: str | Path, environment: Mapping[str, str] | None = None
+    ) -> "subprocess.CompletedProcess[str]":
+        """The same, for a program that may fail."""
+        return subprocess.run(
+            self.command(*command),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            env=_environment(environment),
+            check=False,
+        )
+
+    def popen(
+        self, *command: str | Path, environment: Mapping[str, str] | None = None, **options: Any
+    ) -> "subprocess.Popen[bytes]":
+        """Start a program and talk to it; it ends with the host at the latest. On a host that is frozen meanwhile its
+        nsenter stops as well, for good: there `spawn`.
+        """
+        return subprocess.Popen(self.command(*command), env=_environment(environment), **options)
+
+    def python(self, module: str, *arguments: str | Path) -> list[str | Path]:
+        """The command line, inside, of a module of this project."""
+        return [sys.executable, "-m", module, *arguments]
+
+    def spawn(self, name: str, *command: str | Path, environment: Mapping[str, str] | None = None) -> None:
+        """Start a program that is nobody's child out here, as an init system would: it can be frozen with its host.
+        What it prints goes to /var/log/NAME.log of the host.
+        """
+        with self.open(f"/var/log/{name}.log", "ab") as log:
+            self.popen(
+                *("setsid", "--fork", *command),
+                environment=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            ).wait(PATIENCE_S)
+
+    def signal(self, number: signal.Signals, program: str) -> list[int]:
+        """Send a signal to the processes of this host whose command line has `program` in it; who got it."""
+        reached = []
+        for pid in self.namespace.processes():
+            with contextlib.suppress(OSError):
+                if program in Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode():
+                    os.kill(pid, number)
+                    reached.append(pid)
+        return reached
+
+    # ── files ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def path(self, path: str | Path) -> Path:
+        """Where a file of the host lies out here; when it is off, only what it has written itself."""
+        inside = str(path).lstrip("/")
+        if self._running is not None and self._running.alive:
+            return Path(f"/proc/{self._running.pid}/root") / inside
+        return self.lab.ground_path(self.disk / "upper" / inside)
+
+    def read(self, path: str | Path) -> str:
+        """The text of a file, "" when there is none."""
+        try:
+            return self.path(path).read_text(errors="replace")
+        except FileNotFoundError:
+            return ""
+
+    def write(self, path: str | Path, text: str, mode: int = 0o644) -> None:
+        """Make or replace a file."""
+        with self.open(path, "wb") as file:
+            file.write(text.encode())
+        self.path(path).chmod(mode)
+
+    def open(self, path: str | Path, mode: str) -> IO[bytes]:
+        """A file of the host; its folder is made when it is to be written."""
+        file = self.path(path)
+        if not mode.startswith("r"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        return file.open(mode)
+
+    def logs(self) -> Iterator[tuple[str, str]]:
+        """What there is to read after a failure: name and text of each file of /var/log that the host has written."""
+        folder = self.lab.ground_path(self.disk / "upper" / "var/log")
+        if folder.is_dir():
+            for file in sorted(folder.rglob("*")):
+                if file.is_file():
+                    yield str(file.relative_to(folder)), file.read_text(errors="replace")
+
+
+def _environment(extra: Mapping[str, str] | None) -> dict[str, str]:
+    """Only what a program needs: those of a host must not see what the tests were started with."""
+    kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
+    kept["PATH"] = f"{kept.get('PATH', '')}:/usr/sbin:/sbin"
+    return {**kept, "PYTHONPATH": str(ROOT), "HOME": "/root", **(extra or {})}
+
+
+def _loop_devices(pid: int) -> list[str]:
+    """Those that are mounted where this process lives."""
+    try:
+        mounts = Path(f"/proc/{pid}/mountinfo").read_text()
+    except OSError:  # it has ended itself, and its mounts with it
+        return []
+    sources = (line.rpartition(" - ")[2].split()[1] for line in mounts.splitlines())
+    return sorted({source for source in sources if source.startswith("/dev/loop")})
