@@ -8,13 +8,16 @@ import sys
 from replica.heartbeat.settings import Logging
 
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
+_OURS = ("replica", "nbdserver")
 
 
 def set_up_logging(settings: Logging, level: str) -> None:
     """Standard error at `level`; the debug file gets everything. A file that cannot be written is said, not fatal."""
     under_systemd = "JOURNAL_STREAM" in os.environ
     root = logging.getLogger()
-    root.setLevel(logging.DEBUG if settings.debug_file is not None else level)
+    for name in _OURS:
+        # (What libraries have to say for their own debugging is not part of it.)
+        logging.getLogger(name).setLevel(logging.DEBUG if settings.debug_file is not None else level)
     stderr = logging.StreamHandler(sys.stderr)
     stderr.setFormatter(logging.Formatter("%(levelname)s %(message)s" if under_systemd else _FORMAT))
     stderr.setLevel(level)
