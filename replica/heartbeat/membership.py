@@ -13,7 +13,17 @@ from enum import StrEnum
 from typing import Final, NamedTuple
 
 from replica.heartbeat.node_state import NodeState, Phase
-from replica.heartbeat.packet import NOTHING_YET, Echo, Flaw, Number, Packet, PacketError, pack_shortened, unpack
+from replica.heartbeat.packet import (
+    MAX_NUMBER,
+    NOTHING_YET,
+    Echo,
+    Flaw,
+    Number,
+    Packet,
+    PacketError,
+    pack_shortened,
+    unpack,
+)
 from replica.heartbeat.settings import HeartbeatSettings, PathKind
 
 ELSEWHERE: Final = "an unconfigured path"
@@ -85,6 +95,8 @@ class PeerView:
     state: NodeState | None
     #: 0: never heard, not even before this start.
     start_number: int
+    #: Its nonce: another one after each of its starts and pauses. None: not heard since this node's start.
+    session: bytes | None
     #: It has heard this node, in its present session, within deadtime.
     hears_us: bool
     #: It said that it has handed everything over, and nothing since. A `renew` does not forget that.
@@ -223,6 +235,7 @@ class Membership:
             listening_since_s=self._listening_since_s,
             state=self._state,
             start_number=self.seen.start,
+            session=None if self._echo is None else self._echo.nonce,
             hears_us=self._hears_us,
             left=self._left,
             paths=tuple(
@@ -264,7 +277,7 @@ class Membership:
         if number.start != self.seen.start:
             self._state, self._hears_us, self._left = None, False, False
         self._heard(packet, now)
-        if packet.known > self.number:
+        if packet.known > self.number and packet.known.start + 1 < MAX_NUMBER:
             self.number = Number(packet.known.start + 1)
             text = "%s remembers start %d of this node, which has forgotten it: this is start %d from now on."
             events.append(Event(logging.WARNING, text, (packet.node, packet.known.start, self.number.start)))

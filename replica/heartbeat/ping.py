@@ -13,7 +13,7 @@ import socket
 import struct
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from nbdserver.log_limit import FewAlike
 from replica.errors import ReplicaError
@@ -113,6 +113,15 @@ class Pinger:
         """Of a ping node or group that counts; False for any other."""
         node = self._nodes.get(name)
         return node is not None and node.alive
+
+    def status(self) -> list[dict[str, Any]]:
+        """Of each that counts: name, alive, answered_s_ago (None: never)."""
+        now_s, shown = now(), []
+        for node in self._nodes.values():
+            answered = [target.answered_s for target in node.targets if target.answered_s is not None]
+            ago_s = round(now_s - max(answered), 2) if answered else None
+            shown.append({"name": node.name, "alive": node.alive, "answered_s_ago": ago_s})
+        return shown
 
     async def open(self) -> None:
         """Begin to ping; PingError when this process may not."""

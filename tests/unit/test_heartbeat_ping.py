@@ -84,6 +84,8 @@ def test_a_ping_node_answers_falls_silent_and_answers_again(two_hosts: list[Host
     names = ("192.168.2.1", "192.168.2.99", "routers", "nobody")
     assert [watched.pinger.reachable(name) for name in names] == [True, False, True, False]
     assert watched.pinger.total == 3
+    shown = [(one["name"], one["alive"], one["answered_s_ago"] is not None) for one in watched.pinger.status()]
+    assert shown == [("192.168.2.1", True, True), ("192.168.2.99", False, False), ("routers", True, True)]
     router.ip("link set eth0 down")
     here.do(watched.until_alive(0))
     router.ip("link set eth0 up")
