@@ -30,6 +30,8 @@ log = logging.getLogger("replica.heartbeat.links")
 _BATCH: Final = 64
 #: More than any socket's buffer holds, so that draining ends also while somebody floods it.
 _DRAINED_AT_MOST: Final = 4096
+#: Of deadtime: who has not sent for so long may have been paused.
+_PAUSE_PART: Final = 0.5
 _RESOLVE_AGAIN_S: Final = 10.0
 #: How often the newest accepted packet is kept while the other node's start number stays the same.
 _KEEP_INTERVAL_S: Final = 60.0
@@ -98,7 +100,8 @@ def way_of(arrival: Arrival, ways: Iterable[Way]) -> int | None:
 
 
 class Links:
-    """The node's heartbeats. ``heard`` is called for each packet that is news of the other node, on the event loop.
+    """The node's heartbeats. ``heard`` is called, on the event loop, when there is news of the other node; and when
+    packets have arrived while this node has not sent any for long, before they are looked at.
 
     PacketError when the state of so many groups can never be sent.
     """
@@ -117,6 +120,7 @@ class Links:
         self._tasks: list[asyncio.Task[None]] = []
         self._keeping: asyncio.Task[None] | None = None
         self._kept_s = 0.0
+        self._sent_s: float | None = None
         self._few_alike = FewAlike(_LINES_ALIKE, _LINES_WINDOW_S)
 
     async def open(self) -> None:
@@ -135,7 +139,7 @@ class Links:
 
     def send(self, state: NodeState) -> None:
         """One heartbeat on all paths, now."""
-        now_s = now()
+        now_s = self._sent_s = now()
         self._log(self.membership.check(now_s))
         data = self.membership.pack_next(state, now_s)
         for index, way in enumerate(self._ways):
@@ -232,6 +236,10 @@ class Links:
     # Receiving
 
     def _receive(self, receiver: socket.socket) -> None:
+        if self._sent_s is not None and now() - self._sent_s > self._settings.timing.deadtime_s * _PAUSE_PART:
+            # This process may have been asleep, and what waits here with it: whoever is told notices that, and calls
+            # `renew`, before any of it is looked at.
+            self._heard()
         newer = False
         for _ in range(_BATCH):
             try:

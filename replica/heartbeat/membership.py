@@ -13,7 +13,17 @@ from enum import StrEnum
 from typing import Final, NamedTuple
 
 from replica.heartbeat.node_state import NodeState, Phase
-from replica.heartbeat.packet import NOTHING_YET, Echo, Flaw, Number, Packet, PacketError, pack_shortened, unpack
+from replica.heartbeat.packet import (
+    MAX_NUMBER,
+    NOTHING_YET,
+    Echo,
+    Flaw,
+    Number,
+    Packet,
+    PacketError,
+    pack_shortened,
+    unpack,
+)
 from replica.heartbeat.settings import HeartbeatSettings, PathKind
 
 ELSEWHERE: Final = "an unconfigured path"
@@ -85,7 +95,7 @@ class PeerView:
     state: NodeState | None
     #: 0: never heard, not even before this start.
     start_number: int
-    #: Its nonce: another one each time it has started, or woken from a pause. None: not heard in the present run.
+    #: Its nonce: another one after each of its starts and pauses. None: not heard since this node's start.
     session: bytes | None
     #: It has heard this node, in its present session, within deadtime.
     hears_us: bool
@@ -267,7 +277,7 @@ class Membership:
         if number.start != self.seen.start:
             self._state, self._hears_us, self._left = None, False, False
         self._heard(packet, now)
-        if packet.known > self.number:
+        if packet.known > self.number and packet.known.start + 1 < MAX_NUMBER:
             self.number = Number(packet.known.start + 1)
             text = "%s remembers start %d of this node, which has forgotten it: this is start %d from now on."
             events.append(Event(logging.WARNING, text, (packet.node, packet.known.start, self.number.start)))

@@ -118,6 +118,15 @@ class Pinger:
         node = self._nodes.get(name)
         return node is not None and node.alive
 
+    def status(self) -> list[dict[str, Any]]:
+        """Of each that counts: name, alive, answered_s_ago (None: never)."""
+        now_s, shown = now(), []
+        for node in self._nodes.values():
+            answered = [target.answered_s for target in node.targets if target.answered_s is not None]
+            ago_s = round(now_s - max(answered), 2) if answered else None
+            shown.append({"name": node.name, "alive": node.alive, "answered_s_ago": ago_s})
+        return shown
+
     async def open(self) -> None:
         """Begin to ping; PingError when this process may not."""
         self._started_s = now()

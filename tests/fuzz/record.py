@@ -19,8 +19,9 @@ import msgpack
 
 from replica import auth, wire
 from replica.bitmap import BLOCK_SIZE, Bitmap
+from replica.heartbeat.node_state import Claim, GroupState, NodeState, Phase, Readiness, Ready, Status
 from replica.side_message import pack_side
-from tests.fuzz import peer_target
+from tests.fuzz import heartbeat_target, peer_target
 from tests.fuzz.replies import REQUEST_MAGIC
 from tests.fuzz.targets import CORPUS
 
@@ -194,8 +195,34 @@ def _made_by_hand() -> None:
     _keep("peer-maps", "hello", auth.hello(peer_target.PEER, bytes(range(32))))
     _keep("peer-maps", "bitmap", _bitmap())
     _keep("peer-maps", "length", wire.pack_length(4096))
+    _heartbeats()
     _keep("control", "status", msgpack.packb({"verb": "status", "args": {}}))
     _keep("control", "promote", msgpack.packb({"verb": "promote", "args": {"force": True}}))
+
+
+def _heartbeats() -> None:
+    here, there = heartbeat_target.nodes()
+    group = GroupState(Claim(3, "node2"), Status.STARTED, Ready(Readiness.IF_ALONE, "why"), 1, "ip", "problem")
+    packet = there.pack_next(NodeState(Phase.UP, {"web": group, "db": GroupState()}, 1, 2, "digest"), 2.0)
+    signature_end = 40
+    _keep("heartbeat", "node2", b"S" + packet[signature_end:])
+    _keep("heartbeat", "own", b"S" + here.pack_next(NodeState(), 2.0)[signature_end:])
+    _keep("heartbeat", "datagram", b"-" + packet)
+    _keep("heartbeat", "wrong-signature", b"-" + packet[:8] + bytes(32) + packet[signature_end:])
+    body = msgpack.unpackb(packet[signature_end:])
+    wrong: dict[str, dict[str, object]] = {
+        "cluster": {"cluster": "a\x1b[2J"},
+        "node": {"node": "a\nb"},
+        "old": {"number": [2000, 1]},
+        "number": {"number": [1 << 62, 0]},
+        "known": {"known": [(1 << 62) - 1, 5]},
+        "start": {"number": [2001, 1]},
+        "times": {"sent": float("nan")},
+        "heard": {"heard": [bytes(16), 1.0, 1e300]},
+        "left": {"state": {**body["state"], "phase": "left"}},
+    }
+    for what, changes in wrong.items():
+        _keep("heartbeat", what, b"S" + msgpack.packb({**body, **changes}))
 
 
 def _option(number: int, data: bytes) -> bytes:

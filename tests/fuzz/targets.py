@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.fuzz import mutate, nbd_target, peer_target
+from tests.fuzz import heartbeat_target, mutate, nbd_target, peer_target
 
 FOLDER = Path(__file__).resolve().parent
 CORPUS = FOLDER / "corpus"
@@ -29,6 +29,7 @@ TARGETS: dict[str, Target] = {
     "peer-frames": Target(peer_target.frames, mutate.frames, mutate.FRAME_FIELDS),
     "peer-state": Target(peer_target.state, mutate.whole),
     "peer-maps": Target(peer_target.maps, mutate.whole),
+    "heartbeat": Target(heartbeat_target.heartbeat, mutate.whole),
     "control": Target(peer_target.control, mutate.whole),
 }
 

@@ -7,10 +7,12 @@ import asyncio
 import ctypes
 import os
 import shlex
+import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -74,6 +76,8 @@ def hosts(count: int) -> Iterator[list[Host]]:
     """Some hosts without cables; skips the test where this process may not make them."""
     if os.geteuid() != 0:
         pytest.skip("needs root, to make network namespaces")
+    if shutil.which("ip") is None:
+        pytest.skip("needs ip, of iproute2")
     made: list[Host] = []
     try:
         for _ in range(count):
@@ -88,11 +92,11 @@ def plug(left: Host, right: Host, name: str, left_address: str, right_address: s
     """A cable between interfaces called `name` on both, with these addresses (with a prefix length)."""
     left.ip(f"link add {name} type veth peer name {name} netns {right.thread_id}")
     for host, address in ((left, left_address), (right, right_address)):
+        # Files in /proc/sys/net are those of the namespace of the thread that opens them.
         host.call(lambda: _without_waiting_for_duplicates(name))
         host.ip(f"address add {address} dev {name}" + (" nodad" if ":" in address else ""))
         host.ip(f"link set {name} up")
 
 
 def _without_waiting_for_duplicates(name: str) -> None:
-    # /proc/thread-self is that of the host's thread; link-local addresses are usable at once.
-    subprocess.run(["sysctl", "-qw", f"net.ipv6.conf.{name}.accept_dad=0"], check=False)
+    Path(f"/proc/sys/net/ipv6/conf/{name}/accept_dad").write_text("0")

@@ -35,7 +35,7 @@ class Node:
 
     @property
     def known(self) -> Any:
-        return self.links.membership.view()
+        return self.links.peer()
 
     async def hears(self, other: "Node", until: Callable[[], bool] = lambda: True) -> None:
         """The other sends, again and again if need be, until it was heard and the condition holds."""
@@ -179,6 +179,35 @@ def test_after_a_pause_what_waited_in_the_sockets_is_thrown_away(local: Callable
             assert here.known.paths[0].received == received + 1
             assert here.known.paths[0].lost == 20
             assert here.known.state == UP
+
+    asyncio.run(main())
+
+
+def test_who_was_asleep_is_told_before_what_waited_is_looked_at(local: Callable[..., HeartbeatSettings]) -> None:
+    async def main() -> None:
+        async with opened(local("node1"), local("node2")) as (here, there):
+            await there.hears(here)
+            await here.hears(there)
+            before = here.known
+            assert before.state == UP
+            there.links.send(NodeState(Phase.LEFT))
+            assert here.links._sent_s is not None
+            here.links._sent_s -= 3.0  # more than half of deadtime
+            seen: list[Any] = []
+
+            def noticed() -> None:
+                seen.append(here.known)
+                here.links.renew()
+                here.news.set()
+
+            here.news.clear()
+            here.links._heard = noticed
+            await here.news.wait()
+            assert seen[0] == before
+            assert (here.known.state, here.known.left) == (None, False)
+            here.links._heard = here.news.set
+            here.links.send(UP)
+            await here.hears(there)
 
     asyncio.run(main())
 
@@ -415,6 +444,7 @@ def test_two_machines_with_one_name(two_hosts: list[Host], tmp_path: Path, caplo
     twins = [host.do(twin(tmp_path / str(number))) for number, host in enumerate(two_hosts)]
     while not twins[0].known.rejected:
         two_hosts[1].call(lambda: twins[1].links.send(UP))
+    two_hosts[0].call(lambda: None)  # what it refused has also been logged by now
     assert twins[0].known.rejected.keys() == {Refusal.OWN_NAME}
     assert twins[1].known.rejected == {}  # what it sent to all came back to it, which is nothing
     assert "another machine (192.168.2.45) calls itself node1 as well: give each node a name of its own." in caplog.text

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from replica.heartbeat.membership import Membership, PathStatus, PeerView, Refusal, Verdict
 from replica.heartbeat.node_state import NodeState, Phase
-from replica.heartbeat.packet import NONCE_BYTES, NOTHING_YET, Number
+from replica.heartbeat.packet import MAX_NUMBER, NONCE_BYTES, NOTHING_YET, Number
 from replica.heartbeat.settings import HeartbeatSettings
 from tests.unit.heartbeat_settings import ETH0, OTHER_KEY, settings_of
 
@@ -209,9 +209,11 @@ def test_after_a_pause_only_what_was_sent_since_counts() -> None:
 
 def test_a_node_that_woke_tells_its_state_with_its_first_packet() -> None:
     here, there = pair()
+    session = here.view.session
     there.known.renew(30.0)
     here.hears(there.sends(30.0, NodeState(Phase.LISTENING)), 30.0)
     assert here.view.state == NodeState(Phase.LISTENING)
+    assert here.view.session not in (None, session)
     assert not here.view.hears_us
 
 
@@ -288,6 +290,13 @@ def test_a_node_that_forgot_its_start_number_learns_it_from_the_other(start: int
     )
     assert there.hears(reborn.sends(21.0), 21.0).newer
     assert there.view.start_number == 1001
+
+
+def test_a_start_number_that_cannot_be_surpassed_is_not_followed() -> None:
+    here, _ = pair()
+    far = Node(THERE, start=3000, seen=Number(MAX_NUMBER - 1, 5))
+    assert here.hears(far.sends(1.0), 1.0).newer
+    assert here.known.number.start == 1000
 
 
 def test_what_was_accepted_before_this_start_is_refused_after_it() -> None:

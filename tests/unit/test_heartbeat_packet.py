@@ -2,9 +2,11 @@
 
 import hashlib
 import hmac
+import re
 import struct
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import msgpack
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from replica import auth as link_auth
+from replica.heartbeat.membership import Refusal
 from replica.heartbeat.node_state import Claim, GroupState, NodeState, Phase, Readiness, Ready, Status, state_to_wire
 from replica.heartbeat.packet import (
     MAX_BYTES,
@@ -27,7 +30,7 @@ from replica.heartbeat.packet import (
     pack_shortened,
     unpack,
 )
-from replica.heartbeat.settings import Auth, AuthMethod
+from replica.heartbeat.settings import Auth, AuthMethod, PathKind
 from tests.unit.heartbeat_settings import KEY, OTHER_KEY
 
 NONCE = bytes(range(NONCE_BYTES))
@@ -99,6 +102,20 @@ def test_any_packet_survives_the_wire(packet: Packet) -> None:
 
 def test_the_bytes_are_those_of_the_document() -> None:
     assert pack(PACKET, KEY) == signed(msgpack.packb(body_of()))
+
+
+def test_the_document_has_every_method_and_field() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs/wire.md").read_text().partition("\n# Heartbeats\n")[2]
+    rows = re.findall(r"^\| (\d) \| `(\w+)` \| (\d+) \|", text, re.MULTILINE)
+    documented = {name: (int(number), int(size_bytes)) for number, name, size_bytes in rows}
+    assert documented == {
+        auth.method: (packed[5], len(packed) - 8 - int.from_bytes(packed[6:8], "little"))
+        for auth, packed in ((auth, pack(PACKET, auth)) for auth in AUTHS)
+    }
+    fields = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| ", text.partition("| Field of the body |")[2], re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", " ".join(fields))) == body_of().keys() | set(PathKind)
+    refused = text.partition("\n## What is refused\n")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| ([a-z ]+) \|", refused, re.MULTILINE) == list(Refusal)
 
 
 def test_a_checksum_is_over_the_same_bytes() -> None:

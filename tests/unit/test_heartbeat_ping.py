@@ -17,6 +17,7 @@ from replica.heartbeat.settings import PingSettings, Timing
 from tests.unit.namespaces import Host, hosts, plug
 
 QUICK = Timing(keepalive_s=0.05, deadping_s=0.4)
+IGNORE_ECHOES = Path("/proc/sys/net/ipv4/icmp_echo_ignore_all")  # of the namespace of the thread that opens it
 ROUTERS = PingSettings("routers", ("192.168.2.1", "192.168.2.2"))
 
 
@@ -84,6 +85,8 @@ def test_a_ping_node_answers_falls_silent_and_answers_again(two_hosts: list[Host
     names = ("192.168.2.1", "192.168.2.99", "routers", "nobody")
     assert [watched.pinger.reachable(name) for name in names] == [True, False, True, False]
     assert watched.pinger.total == 3
+    shown = [(one["name"], one["alive"], one["answered_s_ago"] is not None) for one in watched.pinger.status()]
+    assert shown == [("192.168.2.1", True, True), ("192.168.2.99", False, False), ("routers", True, True)]
     router.ip("link set eth0 down")
     here.do(watched.until_alive(0))
     router.ip("link set eth0 up")
@@ -141,7 +144,7 @@ def test_after_a_pause_nobody_is_silent_for_its_length(two_hosts: list[Host]) ->
 @pytest.mark.root
 def test_answers_that_were_not_asked_for_do_not_count(two_hosts: list[Host]) -> None:
     here, router = two_hosts
-    router.call(lambda: subprocess.run(["sysctl", "-qw", "net.ipv4.icmp_echo_ignore_all=1"], check=True))
+    router.call(lambda: IGNORE_ECHOES.write_text("1"))
     watched = here.call(lambda: Watched(node("192.168.2.1")))
     here.do(watched.pinger.open())
 
@@ -153,7 +156,7 @@ def test_answers_that_were_not_asked_for_do_not_count(two_hosts: list[Host]) -> 
     router.call(forge)
     here.do(asyncio.sleep(0))
     assert watched.pinger.alive == 0
-    router.call(lambda: subprocess.run(["sysctl", "-qw", "net.ipv4.icmp_echo_ignore_all=0"], check=True))
+    router.call(lambda: IGNORE_ECHOES.write_text("0"))
     here.do(watched.until_alive(1))
     here.do(watched.pinger.close())
 
@@ -178,7 +181,7 @@ asyncio.run(main())
 """
 
     def run(allowed: str) -> subprocess.CompletedProcess[str]:
-        subprocess.run(["sysctl", "-qw", f"net.ipv4.ping_group_range={allowed}"], check=True)
+        Path("/proc/sys/net/ipv4/ping_group_range").write_text(allowed)
         return subprocess.run(
             [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=30, env=environment
         )
