@@ -4,5 +4,5 @@ import time
 
 
 def now() -> float:
-    """Seconds since the machine was booted, the time that it was suspended included (CLOCK_BOOTTIME)."""
+    """Seconds since the boot of this machine, suspension included: what a node slept through has passed."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
