@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import select
 import signal
 import socket
 import struct
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from replica import control
+from replica.heartbeat import clock
 from replica.heartbeat.agents.base import AgentError, Start, Surroundings
 from replica.heartbeat.agents.replicated import KINDS, ReplicatedAgent
 from replica.heartbeat.node_state import Readiness
@@ -88,6 +90,18 @@ def pid_of(node: Node) -> int | None:
             return None
         pid: int = struct.unpack("=iii", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
         return pid
+
+
+def kill(node: Node) -> None:
+    """kill -9, whoever has started it; returns when it is dead."""
+    pid = pid_of(node)
+    assert pid is not None
+    descriptor = os.pidfd_open(pid)
+    try:
+        os.kill(pid, signal.SIGKILL)
+        assert select.select([descriptor], [], [], PATIENCE_S)[0]
+    finally:
+        os.close(descriptor)
 
 
 @pytest.fixture
@@ -169,13 +183,21 @@ def test_what_does_not_run_is_started(libnbd: Any, cluster: Cluster) -> None:
             await one.until_ready(Readiness.YES)
             await two.until_ready(Readiness.YES)
             await one.agent.start(IN_ORDER)
-            pid = pid_of(cluster.node1)
-            assert pid is not None
-            os.kill(pid, signal.SIGKILL)
-            assert "replicad r0" in await one.until_fails()
+            one.agent.hold(clock.now() + 60)
+            await one.agent.monitor()
+            kill(cluster.node1)
+            await one.agent.monitor()  # promotes it again
+            assert cluster.node1.status()["role"] == "Primary"
+            kill(cluster.node1)  # twice is too much
+            assert await one.until_fails() == "is not served: its replicad has ended"
             await one.agent.stop()
             await one.agent.start(IN_ORDER)
             await one.agent.monitor()
+            one.agent.let_go()
+            await one.agent.stop()
+            with pytest.raises(AgentError, match="is Secondary on node1"):
+                await one.agent.monitor()
+            await one.agent.start(IN_ORDER)
         assert pid_of(cluster.node1)  # it outlives its agent
         cluster.node1.wait_in_sync()
         assert cluster.node1.read(0, MIB) == b"1" * MIB

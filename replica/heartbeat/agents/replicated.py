@@ -2,21 +2,29 @@
 
 import asyncio
 import contextlib
+import logging
 from typing import Any, Final
 
 from replica.config_values import name as parse_name
 from replica.control import NotRunning
 from replica.errors import ReplicaError
+from replica.heartbeat import clock
 from replica.heartbeat.agents.base import AgentError, Kind, Option, Start, Surroundings
 from replica.heartbeat.agents.replicad import ANSWER_TIMEOUT_S, Replicad, Status
 from replica.heartbeat.node_state import Readiness, Ready
 from replica.heartbeat.settings import ResourceSettings
 from replica.states import SYNC_TARGETS, Connection, Disk, Replication, Role
 
+log = logging.getLogger("replica.heartbeat")
+
 #: How long a replicad that has just started may take to find its peer, which is not known to be dead, before this node
 #: is promoted without it: the copies differ for a while then, and no more than that.
 CONNECT_WAIT_S: Final = 0.5
 
+#: A replicad that ends more often than that is a failure of the group.
+MEND_INTERVAL_S: Final = 60.0
+
+ENDED: Final = "is not served: its replicad has ended"
 _IN_TOUCH: Final = (Replication.ESTABLISHED, Replication.SYNC_SOURCE, Replication.PAUSED_SYNC_S)
 
 
@@ -61,6 +69,9 @@ class ReplicatedAgent:
         self._name: str = settings.options["replica"]
         self._news = surroundings.changed
         self._seen: tuple[Any, ...] = ()
+        self._serves = False  # between start and stop
+        self._until_s = 0.0
+        self._mended_s = float("-inf")
         heartbeat = surroundings.settings
         self._replicad = Replicad(self._name, heartbeat.config_path, heartbeat.node, self._changed)
 
@@ -74,6 +85,7 @@ class ReplicatedAgent:
             raise AgentError(f"cannot be promoted: replicad {self._name} does not answer") from None
         except ReplicaError as error:
             raise AgentError(f"cannot be promoted: {error}") from None
+        self._serves = True
 
     async def _settle(self) -> None:
         """Wait until it is known whether the peer is there, whose consent is asked then."""
@@ -83,6 +95,7 @@ class ReplicatedAgent:
         await self._replicad.wait_for(lambda status: status["replication"] != Replication.NEGOTIATING)
 
     async def stop(self) -> None:
+        self._serves = False
         try:
             await self._replicad.ask_status()
         except NotRunning:
@@ -101,8 +114,26 @@ class ReplicatedAgent:
             raise AgentError(f"cannot be demoted: {error}") from None
 
     async def monitor(self) -> None:
-        if problem := trouble(await self._status()):
+        """A replicad that has ended, and was started again as Secondary, is promoted again from here: what stands on
+        it (a kernel device, a file system) sees a pause. Were the group to stop that first, it would wait for a server.
+        """
+        try:
+            problem = trouble(await self._replicad.ask_status())
+        except NotRunning:
+            problem = ENDED
+        except TimeoutError:
+            raise AgentError(f"does not answer: replicad {self._name} hangs for {ANSWER_TIMEOUT_S:g} s") from None
+        except ReplicaError as error:
+            raise AgentError(f"does not serve: {error}") from None
+        if not problem:
+            return
+        now = clock.now()
+        may_mend = self._serves and now < self._until_s and now - self._mended_s > MEND_INTERVAL_S
+        if not may_mend:
             raise AgentError(problem)
+        self._mended_s = now
+        log.warning("%s %s: it is promoted again.", self._name, problem)
+        await self.start(Start(peer_is_dead=False))
 
     async def active(self) -> bool:
         self._replicad.begin()
@@ -121,21 +152,13 @@ class ReplicatedAgent:
         return Ready(Readiness.NO, self._replicad.problem) if status is None else readiness(status)
 
     def hold(self, until_s: float) -> None:
-        pass  # only its clients see it, and its peer is promoted only when this node has given it up or is dead
+        self._until_s = until_s
 
     def let_go(self) -> None:
-        pass  # what others see of it takes an orderly `stop`
+        self._until_s = 0.0  # no more mending; its clients take an orderly `stop`
 
     async def close(self) -> None:
         await self._replicad.close()
-
-    async def _status(self) -> Status:
-        try:
-            return await self._replicad.ask_status()
-        except TimeoutError:
-            raise AgentError(f"does not answer: replicad {self._name} hangs for {ANSWER_TIMEOUT_S:g} s") from None
-        except ReplicaError as error:
-            raise AgentError(f"does not serve: {error}") from None
 
     def _changed(self) -> None:
         status = self._replicad.status
