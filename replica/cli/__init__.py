@@ -36,6 +36,8 @@ VERBS = (
     "dump-md",
     "secret",
     "certs",
+    "fence",
+    "fence-test",
 )
 EXIT_FAILED = 1
 EXIT_USAGE = 2

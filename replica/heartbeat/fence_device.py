@@ -170,10 +170,11 @@ def read_secret(path: Path) -> str:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise FenceError(f"needs {path}, which cannot be read ({error.strerror})") from None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise FenceError(f"needs {path}, which is not a regular file")
     with os.fdopen(descriptor, "rb") as stream:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise FenceError(f"needs {path}, which is not a regular file")
         if status.st_uid not in (os.geteuid(), 0):
             raise FenceError(f"needs {path}, which belongs to user {status.st_uid}: it must belong to root")
         if status.st_mode & 0o077:

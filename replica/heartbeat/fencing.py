@@ -15,7 +15,7 @@ from replica.heartbeat.settings import HeartbeatSettings
 from replica.heartbeat.stonith import device_from_stonith, stonith_target
 from replica.tasks import spawn
 
-__all__ = ["Fenced", "Fencer", "Tested", "device_from_stonith", "stonith_target"]
+__all__ = ["DeviceAnswer", "Fenced", "Fencer", "device_from_stonith", "stonith_target"]
 
 log = logging.getLogger("replica.heartbeat.fencing")
 
@@ -27,7 +27,7 @@ class Fenced(NamedTuple):
     sentence: str
 
 
-class Tested(NamedTuple):
+class DeviceAnswer(NamedTuple):
     """What one device answered to a test."""
 
     device: str
@@ -92,7 +92,7 @@ class Fencer:
                 fencing.task.cancel()
             raise
 
-    async def test(self, node: str) -> list[Tested]:
+    async def test(self, node: str) -> list[DeviceAnswer]:
         """Ask each device of the node whether it answers, and what it says about the node. Nothing is switched."""
         return [await self._test(device, node) for device in self._devices.get(node, ())]
 
@@ -148,9 +148,9 @@ class Fencer:
         else:
             log.info("fencing %s: %s switched it on again.", node, device.name)
 
-    async def _test(self, device: Device, node: str) -> Tested:
+    async def _test(self, device: Device, node: str) -> DeviceAnswer:
         try:
             power = await device.test()
         except FenceError as error:
-            return Tested(device.name, False, f"{device.name} {error}")
-        return Tested(device.name, True, f"{device.name} answers: {node} is {power}")
+            return DeviceAnswer(device.name, False, f"{device.name} {error}")
+        return DeviceAnswer(device.name, True, f"{device.name} answers: {node} is {power}")

@@ -178,6 +178,16 @@ def test_the_statuses_of_an_init_script(status: int | None, lines: list[str], st
     assert judge_lsb(Result(status, "" if status == 0 else "ended", lines)).state is state
 
 
+def test_a_script_without_a_status_is_not_started(daemon: Path) -> None:
+    async def test() -> None:
+        program(daemon, f'case $1 in start) touch {daemon}.up;; *) echo "Usage: $0 {{start|stop}}"; exit 3;; esac')
+        with pytest.raises(AgentError, match="its script has no action `status`: use an exec resource"):
+            await make("lsb", {"lsb": str(daemon)}, settings_in(daemon.parent)).start(START)
+        assert not Path(f"{daemon}.up").exists()
+
+    run(test)
+
+
 def test_a_script_is_found_by_its_name_and_a_node_without_it_is_not_ready(
     daemon: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,7 +230,9 @@ def test_a_script_that_is_not_there_is_one_clause(tmp_path: Path) -> None:
     async def test() -> None:
         agent = make("lsb", {"lsb": "/no/such/script"}, settings_in(tmp_path))
         assert agent.ready().readiness is Readiness.YES  # it may lie on a file system that is not mounted yet
-        with pytest.raises(AgentError, match=r"cannot be started: .*/no/such/script: No such file or directory"):
+        with pytest.raises(
+            AgentError, match=r"its status cannot be started \(/no/such/script: No such file or directory\)"
+        ):
             await agent.start(START)
 
     run(test)

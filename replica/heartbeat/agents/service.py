@@ -95,8 +95,11 @@ class Service(abc.ABC):
     # ── the agent ────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def start(self, start: Start) -> None:
-        if (await self.look(probe=True)).state is State.RUNNING:
+        seen = await self.look(probe=True)
+        if seen.state is State.RUNNING:
             return
+        if seen.state is State.UNKNOWN:
+            raise AgentError(seen.said)  # nobody would know whether its start or its stop had an effect
         await self.run_start()
         seen = await self._settled(State.RUNNING)
         if seen.state is not State.RUNNING:
