@@ -1,5 +1,6 @@
 """What the client saw: who answered when, what was answered by nobody, what by two. Pure."""
 
+import bisect
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -76,6 +77,10 @@ class Timeline:
     def last(self) -> str:
         """Who answered last, "" for nobody yet."""
         return self.answers[-1].who if self.answers else ""
+
+    def recent_answers(self, since: float) -> list[Answer]:
+        """Those from then on."""
+        return self.answers[bisect.bisect_left(self.answers, (since, "")) :]
 
     def runs(self, since: float, until: float) -> list[tuple[str, Span]]:
         """Who answered from when to when, in order; a gap ends a run."""
