@@ -5,27 +5,30 @@ guessed: an unknown key is an error, so that a typo can never silently leave a d
 """
 
 import os
-import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from replica import config_values as values
-from replica.config_file import ConfigError, ConfigFile, Table, suggestion
+from replica.config_file import ConfigError, ConfigFile, Document, Table, suggestion
 from replica.config_tls import Tls, link_tls, nbd_tls
 from replica.config_values import Listen, NbdTls, TlsPaths
+from replica.heartbeat.sections import SECTIONS, Members, Sections, read_sections
 from replica.hooks import MAX_TIMEOUT_S, MIN_TIMEOUT_S, Event, HookSettings
+from replica.private_file import read_private_file
 from replica.split_brain import Policies
 from replica.toml_lines import KeyPath
 
 __all__ = ["Cluster", "Config", "ConfigError", "Listen", "Node", "Resource", "ResourceSide", "load_config"]
 
 DEFAULT_PATH = "/etc/replica/replica.toml"
+DEFAULT_STATE_DIR = "/var/lib/replica"
+DEFAULT_RUN_DIR = "/run/replica"
 MIN_SECRET_BYTES = 16
 _MAX_SECRET_BYTES = 4096
 _NODES = 2
-_RESERVED_SECTIONS = ("heartbeat", "group", "fencing", "arbiter")
+_RESERVED_SECTIONS = ("arbiter",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,9 @@ class Resource:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """The whole file as node ``node`` sees it. ``resources`` is in the order of the file, never empty."""
+    """The whole file as node ``node`` sees it. ``resources`` is in the order of the file, and empty only where
+    there is `heartbeat`.
+    """
 
     path: Path
     cluster: Cluster
@@ -95,12 +100,15 @@ class Config:
     #: Whether this machine is `node`. It is not where only a client runs, and `node` is then one of the two.
     is_member: bool = True
     tls: Tls | None = None  # of the peer link; None: off
+    heartbeat: Sections | None = None  # of the cluster manager; None: the file has no such sections
 
     def resource(self, name: str | None = None) -> Resource:
         """The resource ``name``, or the only one when ``name`` is None; raises `ConfigError`."""
         if name is None:
             if len(self.resources) == 1:
                 return next(iter(self.resources.values()))
+            if not self.resources:
+                raise ConfigError(f"{self.path} has no resources: describe one in [resource.NAME]")
             raise ConfigError(f"{self.path} has several resources: name one of {', '.join(self.resources)}")
         if name not in self.resources:
             hint = suggestion(name, self.resources) or f" (it has {', '.join(self.resources)})"
@@ -177,23 +185,47 @@ def load_config(
     """
     file = ConfigFile(Path(path or os.environ.get("REPLICA_CONFIG") or DEFAULT_PATH).absolute())
     top = file.table((), file.document)
-    top.check_keys(("cluster", "node", "resource", "hooks"), reserved=_RESERVED_SECTIONS)
+    top.check_keys(("cluster", "node", "resource", "hooks", *SECTIONS), reserved=_RESERVED_SECTIONS)
     nodes = _read_nodes(file, top)
     is_member = not may_be_client or _node_name(node) in nodes or node is not None
     here = _this_node(file, node, nodes) if is_member else next(iter(nodes.values()))
     (peer,) = (other for other in nodes.values() if other is not here)
-    wanted = "describe at least one resource in [resource.NAME]"
-    table = top.subtable("resource", wanted)
     hooks = _read_hooks(top, HookSettings())
-    resources = {name: _read_resource(table.subtable(name), here, peer, hooks) for name in table.items}
-    if not resources:
-        raise file.error(("resource",), f"is empty: {wanted}")
+    resources = _read_resources(top, here, peer, hooks)
     _check_clashes(file, resources)
+    heartbeat = _read_heartbeat(file, top, here, peer, resources)
     cluster_table = top.subtable("cluster", "name the cluster and its secret-file")
     cluster = _read_cluster(cluster_table, need_secret)
     resources = {name: _with_tls(file, resource, need_secret) for name, resource in resources.items()}
     tls = _read_link_tls(cluster_table, here, peer, need_secret)
-    return Config(file.path, cluster, here, peer, resources, is_member, tls)
+    return Config(file.path, cluster, here, peer, resources, is_member, tls, heartbeat)
+
+
+def _read_resources(top: Table, here: Node, peer: Node, hooks: HookSettings) -> dict[str, Resource]:
+    """At least one, unless the file is there for the cluster manager alone."""
+    alone = any(section in top.items for section in SECTIONS)
+    wanted = "describe at least one resource in [resource.NAME]"
+    if alone and "resource" not in top.items:
+        return {}
+    table = top.subtable("resource", wanted)
+    resources = {name: _read_resource(table.subtable(name), here, peer, hooks) for name in table.items}
+    if not resources and not alone:
+        raise table.error(f"is empty: {wanted}")
+    return resources
+
+
+def _read_heartbeat(
+    file: ConfigFile, top: Table, here: Node, peer: Node, resources: Mapping[str, Resource]
+) -> Sections | None:
+    """What is wrong there is refused by all programs: it must not show only when a node fails."""
+    if not any(section in top.items for section in SECTIONS):
+        return None
+
+    def is_own(address: str) -> bool:
+        return address == here.address
+
+    members = Members(here.name, peer.name, here.address, peer.address, is_own, frozenset(resources), file.path)
+    return read_sections(top, members)
 
 
 def _read_nodes(file: ConfigFile, top: Table) -> dict[str, Node]:
@@ -232,37 +264,20 @@ def _read_cluster(table: Table, need_secret: bool) -> Cluster:
     secret_file = file.resolve(table.value("secret-file", values.text, "name the file of the shared secret"))
     state_dir, run_dir = (
         file.resolve(table.value(key, values.text) if key in table.items else default)
-        for key, default in (("state-dir", "/var/lib/replica"), ("run-dir", "/run/replica"))
+        for key, default in (("state-dir", DEFAULT_STATE_DIR), ("run-dir", DEFAULT_RUN_DIR))
     )
     secret = _read_secret(file, secret_file) if need_secret else b""
     return Cluster(name, secret_file, state_dir, run_dir, secret)
 
 
-def _read_secret(file: ConfigFile, path: Path) -> bytes:
-    def refuse(problem: str) -> ConfigError:
-        return file.error(("cluster", "secret-file"), f"{path} {problem}")
-
+def _read_secret(file: Document, path: Path) -> bytes:
     make_one = f"make one with `(umask 077; replicactl secret > {path})`, the same on both nodes"
     try:
-        # Asked about and read through one descriptor; O_NONBLOCK so that a FIFO in its place cannot hang us.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
-        raise refuse(f"does not exist: {make_one}") from None
-    except OSError as error:
-        raise refuse(f"cannot be read ({error.strerror})") from None
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(descriptor)
-        raise refuse(f"is not a regular file: {make_one}")
-    with os.fdopen(descriptor, "rb") as stream:
-        if status.st_uid not in (os.geteuid(), 0):
-            raise refuse(f"belongs to user {status.st_uid}: it must belong to root or to the user of replicad")
-        if status.st_mode & 0o077:
-            mode = stat.S_IMODE(status.st_mode)
-            raise refuse(f"has mode {mode:04o} and others may use it: run `chmod 600 {path}`")
-        secret = stream.read(_MAX_SECRET_BYTES + 1).rstrip(b"\r\n")
-    if not MIN_SECRET_BYTES <= len(secret) <= _MAX_SECRET_BYTES:
-        raise refuse(f"must hold from {MIN_SECRET_BYTES} to {_MAX_SECRET_BYTES} bytes: {make_one}")
+        secret = read_private_file(path, _MAX_SECRET_BYTES, make_one).rstrip(b"\r\n")
+        if not MIN_SECRET_BYTES <= len(secret) <= _MAX_SECRET_BYTES:
+            raise ValueError(f"must hold from {MIN_SECRET_BYTES} to {_MAX_SECRET_BYTES} bytes: {make_one}")
+    except ValueError as error:
+        raise file.error(("cluster", "secret-file"), f"{path} {error}") from None
     return secret
 
 
@@ -357,7 +372,7 @@ def _side(table: Table, node: Node, given: dict[str, Any]) -> ResourceSide:
     return ResourceSide(node=node, **settings)
 
 
-def _check_name(file: ConfigFile, key: KeyPath, name: str) -> None:
+def _check_name(file: Document, key: KeyPath, name: str) -> None:
     try:
         values.name(name)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""A TOML file as tables whose errors know where they stand: file, line and key."""
+"""A TOML file, or what reads like one, as tables whose errors know where they stand: file, line and key."""
 
 import difflib
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from replica.errors import ReplicaError
-from replica.toml_lines import KeyPath, find_line, key_lines
+from replica.toml_lines import KeyPath, element, find_line, key_lines, path_text
 
 T = TypeVar("T")
 
@@ -18,8 +18,32 @@ class ConfigError(ReplicaError):
     """The configuration (or its secret file) is missing, unreadable or wrong."""
 
 
-class ConfigFile:
-    """The parsed file and the lines of its keys: makes error messages."""
+class Document:
+    """Settings as tables, and where they stand: makes error messages."""
+
+    def __init__(self, folder: Path, document: dict[str, Any]) -> None:
+        self.folder = folder
+        self.document = document
+
+    def where(self, key: KeyPath) -> str:
+        """ "file:line" of the key, or of what is nearest around it."""
+        raise NotImplementedError
+
+    def error(self, key: KeyPath, problem: str) -> ConfigError:
+        return ConfigError(f"{self.where(key)}: {path_text(key)}: {problem}")
+
+    def table(self, key: KeyPath, value: object) -> "Table":
+        if not isinstance(value, dict):
+            raise self.error(key, f"must be a table ([{path_text(key)}]), not {value!r}")
+        return Table(self, key, value)
+
+    def resolve(self, path: str) -> Path:
+        """A path of the file: relative ones are relative to the file, not to the working directory."""
+        return Path(os.path.normpath(self.folder / path))
+
+
+class ConfigFile(Document):
+    """The parsed TOML file and the lines of its keys."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -33,7 +57,7 @@ class ConfigFile:
         except UnicodeDecodeError:
             raise ConfigError(f"{path}: is not UTF-8 text: a TOML file is needed") from None
         try:
-            self.document = tomllib.loads(source)
+            super().__init__(path.parent, tomllib.loads(source))
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(self._syntax_error(str(error), source)) from None
         self.lines = key_lines(source)
@@ -44,25 +68,16 @@ class ConfigFile:
         problem = message[: position.start()] if position else message
         return f"{self.path}:{line}: is not valid TOML: {problem}"
 
-    def error(self, key: KeyPath, problem: str) -> ConfigError:
+    def where(self, key: KeyPath) -> str:
+        """ "file:line" of the key, or of the nearest table around it."""
         line = find_line(self.lines, key)
-        where = f"{self.path}:{line}" if line is not None else str(self.path)
-        return ConfigError(f"{where}: {'.'.join(key)}: {problem}")
-
-    def table(self, key: KeyPath, value: object) -> "Table":
-        if not isinstance(value, dict):
-            raise self.error(key, f"must be a table ([{'.'.join(key)}]), not {value!r}")
-        return Table(self, key, value)
-
-    def resolve(self, path: str) -> Path:
-        """A path of the file: relative ones are relative to the file, not to the working directory."""
-        return Path(os.path.normpath(self.path.parent / path))
+        return f"{self.path}:{line}" if line is not None else str(self.path)
 
 
 class Table:
     """One table of the file with the path of keys that leads to it."""
 
-    def __init__(self, file: ConfigFile, key: KeyPath, items: dict[str, Any]) -> None:
+    def __init__(self, file: Document, key: KeyPath, items: dict[str, Any]) -> None:
         self.file = file
         self.key = key
         self.items = items
@@ -70,6 +85,17 @@ class Table:
     def subtable(self, name: str, missing: str = "") -> "Table":
         """The table ``name`` of this one; ``missing`` says what to do when it is not there."""
         return self.file.table((*self.key, name), self._item(name, missing))
+
+    def tables(self, name: str) -> "list[Table]":
+        """The tables of the array ``name``; none when it is not there."""
+        value = self.items.get(name, [])
+        if not isinstance(value, list):
+            raise self.file.error((*self.key, name), f"must be an array of tables, not {value!r}")
+        return [self.file.table((*self.key, name, element(number)), item) for number, item in enumerate(value)]
+
+    def error(self, problem: str) -> ConfigError:
+        """An error about this table as a whole."""
+        return self.file.error(self.key, problem)
 
     def check_keys(self, known: tuple[str, ...], reserved: tuple[str, ...] = ()) -> None:
         """Refuse what is not in ``known``; ``reserved`` keys have a meaning, in a later version."""

@@ -5,7 +5,7 @@ from datetime import datetime
 
 from nbdserver.handshake import TlsMode
 from nbdserver.tls import TlsFileError, TlsFiles
-from replica.config_file import ConfigFile
+from replica.config_file import Document
 from replica.config_values import NbdTls, TlsPaths
 from replica.toml_lines import KeyPath
 
@@ -19,7 +19,7 @@ class Tls:
     not_after: datetime | None = None
 
 
-def link_tls(file: ConfigFile, key: KeyPath, paths: TlsPaths, node: str, *, read: bool) -> Tls:
+def link_tls(file: Document, key: KeyPath, paths: TlsPaths, node: str, *, read: bool) -> Tls:
     """The peer link's, with `read`: checked. Raises ConfigError."""
     files = _files(file, paths, node)
     if not read:
@@ -36,7 +36,7 @@ def link_tls(file: ConfigFile, key: KeyPath, paths: TlsPaths, node: str, *, read
     return Tls(files, not_after=certified.not_after)
 
 
-def nbd_tls(file: ConfigFile, key: KeyPath, setting: NbdTls, node: str, *, read: bool) -> Tls | None:
+def nbd_tls(file: Document, key: KeyPath, setting: NbdTls, node: str, *, read: bool) -> Tls | None:
     """That of the NBD clients, with `read`: checked; None when it is off. Raises ConfigError."""
     if setting.mode is TlsMode.OFF or setting.paths is None:
         return None
@@ -48,6 +48,6 @@ def nbd_tls(file: ConfigFile, key: KeyPath, setting: NbdTls, node: str, *, read:
     return Tls(files, setting.mode, not_after)
 
 
-def _files(file: ConfigFile, paths: TlsPaths, node: str) -> TlsFiles:
+def _files(file: Document, paths: TlsPaths, node: str) -> TlsFiles:
     cert, key = (file.resolve(path.replace("%n", node)) for path in (paths.cert, paths.key))
     return TlsFiles(cert, key, None if paths.ca is None else file.resolve(paths.ca.replace("%n", node)))

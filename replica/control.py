@@ -26,8 +26,6 @@ import msgpack
 from replica.config_values import MAX_UNIX_PATH_BYTES
 from replica.errors import ReplicaError
 
-__all__ = ["ControlServer", "ControlTimeout", "Handler", "NotRunning", "SendEvent", "call"]
-
 MAX_REQUEST_BYTES = 64 << 10
 MAX_ANSWER_BYTES = 16 << 20
 REQUEST_TIMEOUT_S = 10.0
@@ -57,7 +55,7 @@ class _ClientGone(Exception):
     """The client closed the connection while events were being sent to it."""
 
 
-def _unpacker(limit_bytes: int) -> msgpack.Unpacker:
+def new_unpacker(limit_bytes: int) -> msgpack.Unpacker:
     return msgpack.Unpacker(raw=False, strict_map_key=True, max_buffer_size=limit_bytes, max_ext_len=0)
 
 
@@ -158,24 +156,24 @@ class ControlServer:
     async def _answer(self, verb: str, args: dict[str, Any], send_event: SendEvent) -> bytes:
         try:
             # Packed here because a result that cannot be sent is a fault of the handler like any other.
-            return _pack({"ok": await self._handler(verb, args, send_event)})
+            return pack({"ok": await self._handler(verb, args, send_event)})
         except _ClientGone:
             raise
         except ReplicaError as error:
-            return _pack({"error": str(error)})
+            return pack({"error": str(error)})
         except Exception:
             _log.exception("the request %r failed", verb)
-            return _pack({"error": f"{verb} failed by a fault of replicad itself: its log has the details"})
+            return pack({"error": f"{verb} failed by a fault of replicad itself: its log has the details"})
 
 
-def _pack(message: dict[str, Any]) -> bytes:
+def pack(message: dict[str, Any]) -> bytes:
     packed: bytes = msgpack.packb(message)
     return packed
 
 
 def _write(writer: asyncio.StreamWriter, message: dict[str, Any]) -> None:
     if not writer.is_closing():
-        writer.write(_pack(message))
+        writer.write(pack(message))
 
 
 def _listening_socket(path: Path) -> socket.socket:
@@ -222,14 +220,14 @@ async def _cancelled_at_end(reader: asyncio.StreamReader) -> AsyncIterator[None]
 
 
 async def _read_request(reader: asyncio.StreamReader) -> tuple[str, dict[str, Any]]:
-    unpacker = _unpacker(MAX_REQUEST_BYTES)
+    unpacker = new_unpacker(MAX_REQUEST_BYTES)
     received = 0
     while True:
         data = await reader.read(4096)
         if not data:
             raise ControlError("the request is incomplete: send one msgpack map")
         received += len(data)
-        for request in _messages(unpacker, data, "request"):
+        for request in messages(unpacker, data, "request"):
             match request:
                 case {"verb": str(verb), **others} if others.keys() <= {"args"}:
                     args = others.get("args", {})
@@ -240,7 +238,7 @@ async def _read_request(reader: asyncio.StreamReader) -> tuple[str, dict[str, An
             raise ControlError(f"the request is longer than {MAX_REQUEST_BYTES} bytes: send a shorter one")
 
 
-def _messages(unpacker: msgpack.Unpacker, data: bytes, what: str) -> Iterator[Any]:
+def messages(unpacker: msgpack.Unpacker, data: bytes, what: str) -> Iterator[Any]:
     """The messages that ``data`` completes; raises `ControlError` for what is not msgpack or too long."""
     try:
         unpacker.feed(data)
@@ -271,28 +269,24 @@ def call(
                 case {"event": dict(event)}:
                     if on_event is not None:
                         on_event(event)
-                case {"ok": result}:
-                    return result
-                case {"error": str(sentence)}:
-                    raise ControlError(sentence)
                 case _:
-                    raise ControlError(f"replicad {path.stem} gave an answer of an unknown form: see its log")
-    raise ControlError(f"replicad {path.stem} went away before it answered {verb}: see its log")
+                    return answer(message, path)
+    raise gone_away(path, verb)
 
 
 def _exchange(connection: socket.socket, path: Path, request: dict[str, Any], timeout_s: float | None) -> Iterator[Any]:
     """Send ``request`` and yield the messages that come back, until the daemon closes the connection."""
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    unpacker = _unpacker(MAX_ANSWER_BYTES)
+    unpacker = new_unpacker(MAX_ANSWER_BYTES)
     data = b"-"
     try:
         _limit(connection, deadline)
         _connect(connection, path)
-        connection.sendall(_pack(request))
+        connection.sendall(pack(request))
         while data:
             _limit(connection, deadline)
             data = connection.recv(64 << 10)
-            yield from _messages(unpacker, data, "answer")
+            yield from messages(unpacker, data, "answer")
     except TimeoutError:
         waited = f"has not answered {request['verb']} within {timeout_s:g} s"
         raise ControlTimeout(f"replicad {path.stem} {waited}: it may still do it") from None
@@ -310,18 +304,38 @@ def _limit(connection: socket.socket, deadline: float | None) -> None:
 
 
 def _connect(connection: socket.socket, path: Path) -> None:
-    name = path.stem
     try:
         connection.connect(str(path))
-    except (FileNotFoundError, ConnectionRefusedError):
-        raise NotRunning(
-            f"replicad {name} is not running on this node (nobody serves {path}): "
-            f"start it with `systemctl start replicad@{name}` or `replicad {name}`"
-        ) from None
-    except PermissionError:
-        raise ControlError(f"no permission to use {path}: run this as the user of replicad (root)") from None
     except TimeoutError:
         raise
     except OSError as error:
-        problem = error.strerror or str(error)
-        raise ControlError(f"cannot connect to {path} ({problem}): see run-dir in the configuration") from None
+        raise connect_error(path, error) from None
+
+
+def connect_error(path: Path, error: OSError) -> ControlError:
+    """What it means that a control socket cannot be connected to."""
+    name = path.stem
+    if isinstance(error, FileNotFoundError | ConnectionRefusedError):
+        return NotRunning(
+            f"replicad {name} is not running on this node (nobody serves {path}): "
+            f"start it with `systemctl start replicad@{name}` or `replicad {name}`"
+        )
+    if isinstance(error, PermissionError):
+        return ControlError(f"no permission to use {path}: run this as the user of replicad (root)")
+    problem = error.strerror or str(error)
+    return ControlError(f"cannot connect to {path} ({problem}): see run-dir in the configuration")
+
+
+def answer(message: Any, path: Path) -> Any:
+    """The result that a message brings, if it is no event; raises `ControlError` with the daemon's refusal."""
+    match message:
+        case {"ok": result}:
+            return result
+        case {"error": str(sentence)}:
+            raise ControlError(sentence)
+    raise ControlError(f"replicad {path.stem} gave an answer of an unknown form: see its log")
+
+
+def gone_away(path: Path, verb: str) -> ControlError:
+    """The daemon has closed the connection, and this is why it has not answered."""
+    return ControlError(f"replicad {path.stem} went away before it answered {verb}: see its log")

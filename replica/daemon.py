@@ -52,6 +52,7 @@ class Daemon:
         #: Listening sockets that systemd has passed, in place of the configured address.
         self._sockets: list[socket.socket] = []
         self._verbs = self._make_verbs()
+        self._up = asyncio.Event()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop`. Raises ReplicaError when it cannot start."""
@@ -66,6 +67,7 @@ class Daemon:
             try:
                 address = await self._listen()
                 self._look_at_certificates()
+                self._up.set()
                 notify_supervisor("READY=1")
                 log.info("%s: %s is up, NBD at %s", self.resource.name, self.resource.node_name, address)
                 await stop.wait()
@@ -104,7 +106,9 @@ class Daemon:
     def _make_verbs(self) -> dict[str, Callable[[dict[str, Any]], Awaitable[None]]]:
         verbs = self.resource.verbs
         return {
-            "promote": lambda args: verbs.promote(force=bool(args.get("force"))),
+            "promote": lambda args: verbs.promote(
+                force=bool(args.get("force")), peer_is_dead=bool(args.get("peer_is_dead"))
+            ),
             "demote": lambda args: verbs.demote(force=bool(args.get("force"))),
             "takeover": lambda args: verbs.takeover(),
             "connect": lambda args: verbs.connect(discard_my_data=bool(args.get("discard_my_data"))),
@@ -121,6 +125,8 @@ class Daemon:
     async def _handle(self, verb: str, args: dict[str, Any], send_event: SendEvent) -> Any:
         if verb == "status":
             return self.resource.status()
+        # Until its disk is there it looks like a resource that has lost it.
+        await self._up.wait()
         if verb == "watch":
             return await self._watch(send_event)
         action = self._verbs.get(verb)

@@ -20,13 +20,15 @@ from replica.tasks import spawn
 
 #: Between SIGTERM and SIGKILL, and how long the end is waited for after that.
 GRACE_S: Final = 1.0
-#: Starts that hang; beyond that no more are attempted.
-MAX_STARTING: Final = 4
+#: Starts that hang and were given up; beyond that no more are attempted.
+MAX_HANGING: Final = 4
 #: What a pipe takes at once (pipe(7)).
 MAX_STDIN_BYTES: Final = 64 << 10
 #: What a program prints is listened to up to here.
 MAX_LINES: Final = 64
 MAX_OUTPUT_BYTES: Final = 8 << 10
+#: Stands in place of what is beyond that.
+NOT_LOGGED: Final = "(the rest of its output is not logged)"
 _READ_BYTES: Final = 64 << 10
 #: Output that is no longer logged is thrown away so seldom that a flood of it costs next to nothing.
 _FLOOD_PAUSE_S: Final = 0.02
@@ -40,7 +42,8 @@ if sys.version_info < (3, 11, 4):
     # There, vfork keeps the interpreter's lock until exec is through, and with it all threads.
     subprocess._USE_VFORK = False  # type: ignore[misc]
 
-_starting: set[threading.Thread] = set()
+#: Threads whose starts nobody waits for any more.
+_given_up: list[threading.Thread] = []
 
 
 class Ended(NamedTuple):
@@ -71,7 +74,7 @@ class _Started(NamedTuple):
 async def run(
     command: Sequence[str],
     variables: Mapping[str, str],
-    timeout_s: float,
+    timeout_s: float | None,
     on_line: Callable[[str], None],
     *,
     stdin: bytes = b"",
@@ -79,25 +82,26 @@ async def run(
     """Run a command to its end. `variables` are its environment besides PATH, LANG and HOME; it reads `stdin` (at most
     `MAX_STDIN_BYTES`); each line that it prints, on either of its outputs, is given to `on_line` up to `MAX_LINES`.
 
-    After `timeout_s`, and when the caller is cancelled, its whole process group gets SIGTERM and `GRACE_S` later
-    SIGKILL. What it leaves behind in the background when it ends in time is left alone. Raises ValueError for more
-    input than that, and nothing else.
+    After `timeout_s` (None: no limit), and when the caller is cancelled, its whole process group gets SIGTERM and
+    `GRACE_S` later SIGKILL. What it leaves behind in the background when it ends in time is left alone. Raises
+    ValueError for more input than that, and nothing else.
     """
     if len(stdin) > MAX_STDIN_BYTES:
         raise ValueError(f"{len(stdin)} bytes of input are more than {MAX_STDIN_BYTES}")
-    if len(_starting) >= MAX_STARTING:
-        hang = f"{MAX_STARTING} programs hang in their start (does the disk answer that they lie on?)"
+    _given_up[:] = [thread for thread in _given_up if thread.is_alive()]
+    if len(_given_up) >= MAX_HANGING:
+        hang = f"{MAX_HANGING} programs hang in their start (does the disk answer that they lie on?)"
         return Ended(None, f"cannot be started: {hang}")
-    limit_s = asyncio.get_running_loop().time() + timeout_s
-    starting = _start(command, variables, stdin)
+    limit_s = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+    thread, starting = _start(command, variables, stdin)
     try:
         async with asyncio.timeout_at(limit_s):
             started = await asyncio.wrap_future(starting)
     except TimeoutError:
-        starting.add_done_callback(_discard)
+        _give_up(thread, starting)
         return Ended(None, f"could not be started within {timeout_s:g} s")
     except asyncio.CancelledError:
-        starting.add_done_callback(_discard)
+        _give_up(thread, starting)
         raise
     except (OSError, ValueError) as error:
         return Ended(None, f"cannot be started ({command[0]}: {getattr(error, 'strerror', None) or error})")
@@ -129,7 +133,9 @@ async def _to_the_end(program: "_Running") -> int | None:
         raise
 
 
-def _start(command: Sequence[str], variables: Mapping[str, str], stdin: bytes) -> "concurrent.futures.Future[_Started]":
+def _start(
+    command: Sequence[str], variables: Mapping[str, str], stdin: bytes
+) -> "tuple[threading.Thread, concurrent.futures.Future[_Started]]":
     future: concurrent.futures.Future[_Started] = concurrent.futures.Future()
     # From now on it can't be cancelled: what has been started must be taken over by somebody.
     future.set_running_or_notify_cancel()
@@ -140,13 +146,16 @@ def _start(command: Sequence[str], variables: Mapping[str, str], stdin: bytes) -
             future.set_result(_popen(command, {**basics, **variables}, stdin))
         except BaseException as error:
             future.set_exception(error)
-        finally:
-            _starting.discard(thread)
 
     thread = threading.Thread(target=start, name="start of a program", daemon=True)
-    _starting.add(thread)
     thread.start()
-    return future
+    return thread, future
+
+
+def _give_up(thread: threading.Thread, starting: "concurrent.futures.Future[_Started]") -> None:
+    """Nobody waits for this start any more: should it succeed after all, the program is ended at once."""
+    _given_up.append(thread)
+    starting.add_done_callback(_discard)
 
 
 def _popen(command: Sequence[str], variables: Mapping[str, str], stdin: bytes) -> _Started:
@@ -281,4 +290,4 @@ class _LogLines:
     def _cut(self) -> None:
         if not self.full:
             self.full = True
-            self._on_line("(the rest of its output is not logged)")
+            self._on_line(NOT_LOGGED)

@@ -57,6 +57,7 @@ def _volume(resource: "Resource") -> dict[str, Any]:
         "size_bytes": resource.export.size_bytes,
         "backing": str(resource.settings.backing),
         "through_peer": resource.peer_volume is not None,
+        "peer_outdated": resource.has_disk and resource.superblock.peers[0].outdated,
         "out_of_sync_bytes": 0,
         "generations": None,
         "activity_log": None,

@@ -39,8 +39,14 @@ class Verbs:
 
     # ── roles ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def promote(self, *, force: bool = False) -> None:
-        """Become Primary: serve clients."""
+    async def promote(self, *, force: bool = False, peer_is_dead: bool = False) -> None:
+        """Become Primary: serve clients. `peer_is_dead`: the caller is certain that the peer does not run. Its link is
+        lost at once, instead of when its time is over; everything else is as after the loss of a link. A peer that
+        connects again is not dead, and is asked as always. (A Primary is one already, and goes on alone.)
+        """
+        if peer_is_dead and self._resource.link is not None:
+            # Before the lock is taken: a handshake with the dead peer may hold it, or a verb that asks it something.
+            self._resource.link.close(f"{self._peer} is dead, as {self._node} was told.")
         async with self._resource.admin:
             await self._promote(force)
 

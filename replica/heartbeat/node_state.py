@@ -4,7 +4,8 @@ The right to run a group is a `Claim`. It has one owner; a claim with a higher t
 owner gives it away by stopping the group and publishing the next term in the other's name. A node that may take it
 without being given it (its owner is dead, see `consent`) publishes the next term in its own name. Whoever sees a claim
 that is newer than its own, in another's name, lets go. A term's owner never changes but by a tie: two nodes that did
-not hear each other have used the same term, and then the group's preferred node keeps it.
+not hear each other have used the same term, and then the group's preferred node keeps it. Terms outlive a reboot,
+owners don't: a node that has just booted knows of the term only, with nobody as its owner.
 """
 
 from collections.abc import Mapping
@@ -14,12 +15,23 @@ from typing import Any, Final, NamedTuple
 
 
 class Claim(NamedTuple):
-    """Who may run a group. Term 0: nobody yet."""
+    """Who may run a group. No owner: nobody yet."""
 
     term: int = 0
     owner: str = ""
     #: An operator put it there: it does not fail back by itself while both nodes stay up.
     by_operator: bool = False
+
+    def next(self, owner: str, *, by_operator: bool = False) -> "Claim":
+        """The claim that replaces this one."""
+        return Claim(self.term + 1, owner, by_operator)
+
+    def yields_to(self, other: "Claim", preferred: str) -> bool:
+        """Whether `other` is the one that holds."""
+        return self._rank(preferred) < other._rank(preferred)
+
+    def _rank(self, preferred: str) -> tuple[int, bool, bool, bool]:
+        return self.term, bool(self.owner), self.owner == preferred, self.by_operator
 
 
 class Status(StrEnum):
@@ -29,6 +41,8 @@ class Status(StrEnum):
     STARTING = "starting"
     STARTED = "started"
     STOPPING = "stopping"
+    #: Runs, but for what others could see of it (its address), until it is certain that it may.
+    SUSPENDED = "suspended"
     #: Stopped, after a failure that is not mended here.
     FAILED = "failed"
     #: A stop failed: nobody may start it before this node is fenced.
@@ -46,7 +60,9 @@ class Readiness(IntEnum):
     NO = 0
     #: Only when the other node is dead: the copy is whole but not in touch with the other one.
     IF_ALONE = 1
-    YES = 2
+    #: It has failed there: only where no node is better.
+    RELUCTANT = 2
+    YES = 3
 
 
 class Ready(NamedTuple):
@@ -79,9 +95,8 @@ class GroupState:
     claim: Claim = _NO_CLAIM
     status: Status = Status.STOPPED
     ready: Ready = _READY
-    #: An operator asked this node to get the group (`takeover-node`) or to give it away (`standby`); 0 is no request,
-    #: and a new request has a new number.
-    wanted: int = 0
+    #: An operator asked this node to get the group (`takeover-node`).
+    wanted: bool = False
     resource: str = ""  # the one it is busy with, or that failed
     problem: str = ""
 
@@ -133,13 +148,13 @@ def state_from_wire(document: object) -> NodeState:
 
 def _group_from_wire(values: object) -> GroupState:
     match values:
-        case [int(term), str(owner), bool(by_operator), str(status), int(level), str(why), int(wanted), *texts]:
+        case [int(term), str(owner), bool(by_operator), str(status), int(level), str(why), bool(wanted), *texts]:
             resource, problem = map(_text, texts)
             return GroupState(
                 Claim(_count(term), owner, by_operator),
                 Status(status),
                 Ready(Readiness(level), why),
-                _count(wanted),
+                wanted,
                 resource,
                 problem,
             )

@@ -48,6 +48,9 @@ class PathSettings:
     address: str
     port: int = DEFAULT_PORT
     ttl: int = 1  # multicast only
+    #: This node's own address to send from and listen on (unicast); "" leaves it to the kernel. Only so can two nodes
+    #: share a machine.
+    local: str = ""
 
     @property
     def name(self) -> str:
@@ -163,8 +166,13 @@ class HeartbeatSettings:
     logging: Logging = Logging()
     respawn: tuple[Respawn, ...] = ()
     watchdog: Path | None = None
+    #: What a node does to itself when a group cannot be stopped: "reboot", or "nothing" (the group then stays where it
+    #: is until somebody mends it, or the other node fences this one).
+    on_stop_failure: str = "reboot"
     #: The TOML file, for what is named in it (replicated resources); None when there is none.
     config_path: Path | None = None
+    #: The directory of ha.cf, whose ``resource.d`` is searched first; None without `--ha-dir`.
+    ha_dir: Path | None = None
     #: Said once at the start: directives that have no effect, weak keys.
     warnings: tuple[str, ...] = ()
 

@@ -194,3 +194,38 @@ def test_takeover_is_refused_while_not_in_sync(pair: Cluster) -> None:
 def test_takeover_by_the_primary_itself_changes_nothing(pair: Cluster) -> None:
     pair.node1.ctl("takeover")
     assert pair.node1.status()["role"] == "Primary"
+
+
+# ── a peer that is known to be dead ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_dead_peer_is_not_waited_for(libnbd: Any, new_cluster: Callable[..., Cluster]) -> None:
+    """Frozen, as one that lost power: its kernel says nothing, and the link looks well for `timeout` seconds."""
+    cluster = new_cluster(timeout="300").up()
+    cluster.node1.freeze()
+    cluster.node2.ctl("promote", peer_is_dead=True)
+    status = cluster.node2.status()
+    assert (status["role"], status["volumes"][0]["peer_outdated"]) == ("Primary", False)
+    cluster.node2.write(0, b"2" * MIB)
+    assert cluster.node2.volume()["peer_outdated"] is True  # before the first answer that it lacks
+    # Whoever said so was wrong, and nothing is lost by it.
+    cluster.node1.thaw()
+    assert "both Primary" in cluster.node2.wait_connection("StandAlone")["last_error"]
+    assert cluster.node2.read(0, MIB) == b"2" * MIB
+
+
+def test_a_primary_goes_on_without_a_dead_peer(libnbd: Any, new_cluster: Callable[..., Cluster]) -> None:
+    cluster = new_cluster(timeout="300").up()
+    cluster.node2.freeze()
+    assert cluster.node1.cli("promote", "--peer-is-dead").returncode == 0
+    cluster.node1.write(0, b"1" * MIB)
+    cluster.node2.thaw()
+    cluster.wait_in_sync()
+
+
+def test_a_peer_that_lives_is_asked_all_the_same(libnbd: Any, pair: Cluster) -> None:
+    pair.node1.ctl("demote")
+    for node in pair.nodes:  # each of them is told that the other one is dead
+        node.ctl("promote", peer_is_dead=True)
+        node.ctl("demote")
+        pair.wait_in_sync()

@@ -141,6 +141,8 @@ class World:
                 self.halted = True
             if owner is None:
                 callback(*args)
+            elif owner.frozen is not None:
+                owner.frozen.append((callback, args))
             elif not owner.dead:
                 # As `enter` does; written out, for most steps are these.
                 self._current = owner
@@ -165,6 +167,8 @@ class NodeLoop(asyncio.AbstractEventLoop):
         self.world = world
         self.name = name
         self.dead = False
+        #: While it is paused: what would have been called.
+        self.frozen: list[tuple[Callable[..., Any], tuple[Any, ...]]] | None = None
         self._soon = world._ready.append
         self.create_future = functools.partial(asyncio.Future, loop=self)  # type: ignore[method-assign]
 

@@ -218,7 +218,8 @@ class Operator:
             return
         allowed = not other.is_primary and not self._changing
         if allowed and ((resource.attached and self.eligible(machine)) or self._through_peer(machine)):
-            self._do(machine, "promote", lambda node: node.verbs.promote(), role=True)
+            dead = not other.alive
+            self._do(machine, "promote", lambda node: node.verbs.promote(peer_is_dead=dead), role=True)
         elif self.scenario.split_brain and self.rng.random() < 0.4:
             self._promote_whatever(machine, force=self.rng.random() < 0.5)
 
@@ -237,7 +238,7 @@ class Operator:
         self._do(
             machine,
             f"promote{' --force' if force else ''} whatever the other is",
-            lambda node: node.verbs.promote(force=force),
+            lambda node: node.verbs.promote(force=force, peer_is_dead=not force),
             lambda error: None if machine.is_primary else fork.pop(machine.name, None),
             role=True,
         )

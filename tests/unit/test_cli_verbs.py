@@ -85,8 +85,9 @@ def main(
 
 
 VERBS: list[tuple[list[str], dict[str, Any]]] = [
-    (["promote"], {"force": False}),
-    (["promote", "--force"], {"force": True}),
+    (["promote"], {"force": False, "peer_is_dead": False}),
+    (["promote", "--force"], {"force": True, "peer_is_dead": False}),
+    (["promote", "--peer-is-dead"], {"force": False, "peer_is_dead": True}),
     (["demote"], {"force": False}),
     (["demote", "--force"], {"force": True}),
     (["connect"], {"discard_my_data": False}),

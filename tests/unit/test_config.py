@@ -1,6 +1,7 @@
 """The configuration file: what it means, and that every mistake is named with file, line and key."""
 
 import os
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from replica import config_values
 from replica.config import ConfigError, Listen, load_config
 from replica.hooks import Event, HookSettings
 from replica.split_brain import CASES, CHOICES, Policies, Policy
-from replica.toml_lines import find_line, key_lines
+from replica.toml_lines import find_line, key_lines, path_text
 
 GOOD = """\
 [cluster]
@@ -201,8 +202,8 @@ MISTAKES = [
     ('address = "192.168.2.44"', 'address = "1.2.3.4:7"', 8, "node.node1.address", "without a port"),
     ('address = "192.168.2.44"', 'address = "a b"', 8, "node.node1.address", "an IP address or a host name"),
     ('address = "192.168.2.44"', "", 7, "node.node1.address", "is missing"),
-    ("[resource.r0]", "[[group]]\n[resource.r0]", 12, "group", "is not supported by this version yet"),
-    ("[resource.r0]", "[heartbeat]\n[resource.r0]", 12, "heartbeat", "not supported by this version yet"),
+    ("[resource.r0]", "[[group]]\n[resource.r0]", 12, "group[1].name", "is missing"),
+    ("[resource.r0]", "[arbiter]\n[resource.r0]", 12, "arbiter", "is not supported by this version yet"),
     ("[resource.r0]", "[hooks]\ntimeout = 46\n[resource.r0]", 13, "hooks.timeout", "from 0.1 to 45, not 46"),
     ("[resource.r0]", "[hooks]\npeer-los = '/x'\n[resource.r0]", 13, "hooks.peer-los", "did you mean 'peer-lost'?"),
     (
@@ -491,6 +492,16 @@ fake = 1
 inline = { deep = 1 }
 [[list]]
 z = 1
+w = [ { k = 1 },   # {
+  { k = "}]", 'm' = [
+    2, [3] ] } ]
+[[list]]
+z.y = 1979-05-27 07:32:00
+[list.sub]
+q = ''\'a''\'
+[[list.inner]]
+e = """""x""\\""""""
+f = {}
 '''
     lines = key_lines(text)
     assert lines == {
@@ -500,9 +511,32 @@ z = 1
         ("a",): 6,
         ("a", "b.c"): 6,
         ("a", "b.c", "x"): 7,
+        ("a", "b.c", "x", "[1]"): 8,
         ("a", "b.c", "inline"): 10,
+        ("a", "b.c", "inline", "deep"): 10,
         ("list",): 11,
-        ("list", "z"): 12,
+        ("list", "[1]"): 11,
+        ("list", "[1]", "z"): 12,
+        ("list", "[1]", "w"): 13,
+        ("list", "[1]", "w", "[1]"): 13,
+        ("list", "[1]", "w", "[1]", "k"): 13,
+        ("list", "[1]", "w", "[2]"): 14,
+        ("list", "[1]", "w", "[2]", "k"): 14,
+        ("list", "[1]", "w", "[2]", "m"): 14,
+        ("list", "[1]", "w", "[2]", "m", "[1]"): 15,
+        ("list", "[1]", "w", "[2]", "m", "[2]"): 15,
+        ("list", "[1]", "w", "[2]", "m", "[2]", "[1]"): 15,
+        ("list", "[2]"): 16,
+        ("list", "[2]", "z"): 17,
+        ("list", "[2]", "z", "y"): 17,
+        ("list", "[2]", "sub"): 18,
+        ("list", "[2]", "sub", "q"): 19,
+        ("list", "[2]", "inner"): 20,
+        ("list", "[2]", "inner", "[1]"): 20,
+        ("list", "[2]", "inner", "[1]", "e"): 21,
+        ("list", "[2]", "inner", "[1]", "f"): 22,
     }
-    assert find_line(lines, ("a", "b.c", "inline", "deep")) == 10
+    tomllib.loads(text)
+    assert find_line(lines, ("a", "b.c", "inline", "deep", "er")) == 10
+    assert path_text(("list", "[2]", "sub")) == "list[2].sub"
     assert find_line(lines, ("nothing", "here")) is None

@@ -23,7 +23,7 @@ GROUPS = st.builds(
     st.builds(Claim, COUNTS, st.text(), st.booleans()),
     st.sampled_from(Status),
     st.builds(Ready, st.sampled_from(Readiness), st.text()),
-    COUNTS,
+    st.booleans(),
     st.text(),
     st.text(),
 )

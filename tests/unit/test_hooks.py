@@ -280,17 +280,47 @@ def test_one_whose_start_hangs_does_not_hold_the_event_loop(script: Callable[[st
     run(test)
 
 
+def test_many_may_be_started_at_the_same_moment(script: Callable[[str], Script], tmp_path: Path) -> None:
+    """Only starts that were given up are limited in number: all the monitors of a node may be due at once."""
+
+    async def test() -> None:
+        slow, other = script("exit 0"), Script(tmp_path / "other", "exit 0")
+        stuck = StuckProgram(slow.path)
+        starting = [asyncio.create_task(slow.run()) for _ in range(programs.MAX_HANGING)]
+        await readable(stuck.asked)
+        assert await other.run() == ""
+        stuck.release()
+        assert await asyncio.gather(*starting) == [""] * programs.MAX_HANGING
+
+    run(test)
+
+
+def test_one_without_a_time_limit_is_ended_by_cancelling_its_caller(
+    script: Callable[[str], Script], tmp_path: Path, fifo: int
+) -> None:
+    async def test() -> None:
+        hook = script(f"echo $$ > {tmp_path}/fifo; exec sleep 1000")
+        task = asyncio.create_task(programs.run([str(hook.path)], {}, None, hook.lines.append))
+        await readable(fifo)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        gone(int(os.read(fifo, 100)))
+
+    run(test)
+
+
 def test_starts_that_hang_are_given_up_in_time_and_do_not_add_up(
     script: Callable[[str], Script], tmp_path: Path, fifo: int
 ) -> None:
     async def test() -> None:
         hook = script(f"echo $$ > {tmp_path}/fifo; exec sleep 1000")
         stuck = StuckProgram(hook.path)
-        for _ in range(programs.MAX_STARTING):
+        for _ in range(programs.MAX_HANGING):
             assert await hook.run(timeout_s=0.1) == "could not be started within 0.1 s"
         assert "hang in their start" in await hook.run(timeout_s=0.1)
         stuck.release()
-        for thread in list(programs._starting):
+        for thread in list(programs._given_up):
             await asyncio.to_thread(thread.join)
         # What began to run after all was ended at once.
         os.write(fifo, b"\n")

@@ -1,0 +1,155 @@
+"""Kind "replica": the group's data, a replicated resource that is Primary where the group is."""
+
+import asyncio
+import contextlib
+from typing import Any, Final
+
+from replica.config_values import name as parse_name
+from replica.control import NotRunning
+from replica.errors import ReplicaError
+from replica.heartbeat.agents.base import AgentError, Kind, Option, Start, Surroundings
+from replica.heartbeat.agents.replicad import ANSWER_TIMEOUT_S, Replicad, Status
+from replica.heartbeat.node_state import Readiness, Ready
+from replica.heartbeat.settings import ResourceSettings
+from replica.states import SYNC_TARGETS, Connection, Disk, Replication, Role
+
+#: How long a replicad that has just started may take to find its peer, which is not known to be dead, before this node
+#: is promoted without it: the copies differ for a while then, and no more than that.
+CONNECT_WAIT_S: Final = 0.5
+
+_IN_TOUCH: Final = (Replication.ESTABLISHED, Replication.SYNC_SOURCE, Replication.PAUSED_SYNC_S)
+
+
+def readiness(status: Status) -> Ready:
+    """Whether a node whose replicad says this could be Primary, and would then have the newest data. Pure."""
+    name, peer, node, volume = status["name"], status["peer"]["name"], status["node"], status["volumes"][0]
+    disk, connection, replication = volume["disk"], status["connection"], status["replication"]
+    if status["role"] == Role.PRIMARY:
+        problem = trouble(status)
+        return Ready(Readiness.NO, f"{name} {problem}") if problem else Ready()
+    if replication in SYNC_TARGETS:
+        return Ready(Readiness.NO, f"its copy of {name} is being resynced from {peer}")
+    if disk not in (Disk.UP_TO_DATE, Disk.CONSISTENT):
+        return Ready(Readiness.NO, f"its copy of {name} is {disk}")
+    if replication in _IN_TOUCH:
+        return Ready()
+    if connection == Connection.STAND_ALONE and status["last_error"]:
+        return Ready(Readiness.NO, f"{name} is StandAlone: {status['last_error']}")
+    if replication == Replication.NEGOTIATING:
+        return Ready(Readiness.NO, f"{name} is negotiating with {peer}")
+    if volume["peer_outdated"] or (disk == Disk.UP_TO_DATE and connection == Connection.CONNECTED):
+        return Ready()
+    return Ready(Readiness.IF_ALONE, f"the copy of {name} on {node} is not in touch with that of {peer}")
+
+
+def trouble(status: Status) -> str:
+    """Why a resource that should be Primary here does not serve its clients, as the end of a sentence; "": it does."""
+    if status["role"] != Role.PRIMARY:
+        return f"is {status['role']} on {status['node']}"
+    volume = status["volumes"][0]
+    if volume["disk"] in (Disk.FAILED, Disk.DISKLESS) and not volume["through_peer"]:
+        return (
+            f"has no usable disk on {status['node']} ({volume['disk']}), and {status['peer']['name']} does not stand in"
+        )
+    return ""
+
+
+class ReplicatedAgent:
+    """One replicated resource: promoted and demoted."""
+
+    def __init__(self, settings: ResourceSettings, surroundings: Surroundings) -> None:
+        self._name: str = settings.options["replica"]
+        self._news = surroundings.changed
+        self._seen: tuple[Any, ...] = ()
+        heartbeat = surroundings.settings
+        self._replicad = Replicad(self._name, heartbeat.config_path, heartbeat.node, self._changed)
+
+    async def start(self, start: Start) -> None:
+        try:
+            await self._replicad.wait_until_it_runs()
+            if not start.peer_is_dead:
+                await self._settle()
+            await self._replicad.call("promote", {"peer_is_dead": start.peer_is_dead})
+        except TimeoutError:
+            raise AgentError(f"cannot be promoted: replicad {self._name} does not answer") from None
+        except ReplicaError as error:
+            raise AgentError(f"cannot be promoted: {error}") from None
+
+    async def _settle(self) -> None:
+        """Wait until it is known whether the peer is there, whose consent is asked then."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CONNECT_WAIT_S):
+                await self._replicad.wait_for(lambda status: status["connection"] != Connection.CONNECTING)
+        await self._replicad.wait_for(lambda status: status["replication"] != Replication.NEGOTIATING)
+
+    async def stop(self) -> None:
+        try:
+            await self._replicad.ask_status()
+        except NotRunning:
+            return  # nothing serves; when it is started again, it is Secondary
+        except TimeoutError:
+            await self._replicad.kill()
+            return
+        except ReplicaError as error:
+            raise AgentError(f"cannot be demoted: {error}") from None
+        try:
+            # By force: whoever still is a client has nobody to wait for any more.
+            await self._replicad.call("demote", {"force": True})
+        except NotRunning:
+            return
+        except ReplicaError as error:
+            raise AgentError(f"cannot be demoted: {error}") from None
+
+    async def monitor(self) -> None:
+        if problem := trouble(await self._status()):
+            raise AgentError(problem)
+
+    async def active(self) -> bool:
+        self._replicad.begin()
+        try:
+            return bool((await self._replicad.ask_status())["role"] == Role.PRIMARY)
+        except NotRunning:
+            return False
+        except TimeoutError:
+            raise AgentError(f"is unknown: replicad {self._name} does not answer") from None
+        except ReplicaError as error:
+            raise AgentError(f"is unknown: {error}") from None
+
+    def ready(self) -> Ready:
+        self._replicad.begin()
+        status = self._replicad.status
+        return Ready(Readiness.NO, self._replicad.problem) if status is None else readiness(status)
+
+    def hold(self, until_s: float) -> None:
+        pass  # only its clients see it, and its peer is promoted only when this node has given it up or is dead
+
+    def let_go(self) -> None:
+        pass  # what others see of it takes an orderly `stop`
+
+    async def close(self) -> None:
+        await self._replicad.close()
+
+    async def _status(self) -> Status:
+        try:
+            return await self._replicad.ask_status()
+        except TimeoutError:
+            raise AgentError(f"does not answer: replicad {self._name} hangs for {ANSWER_TIMEOUT_S:g} s") from None
+        except ReplicaError as error:
+            raise AgentError(f"does not serve: {error}") from None
+
+    def _changed(self) -> None:
+        status = self._replicad.status
+        seen = (self.ready(), "does not run" if status is None else trouble(status))
+        if seen != self._seen:
+            self._seen = seen
+            self._news()
+
+
+KINDS: Final = (
+    Kind(
+        name="replica",
+        options={"replica": Option(parse_name)},
+        title=lambda options: f"replica {options['replica']}",
+        make=ReplicatedAgent,
+    ),
+)

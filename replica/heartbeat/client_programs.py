@@ -1,0 +1,77 @@
+"""Programs that are kept running beside the daemon (ha.cf: respawn)."""
+
+import asyncio
+import contextlib
+import logging
+import pwd
+from collections.abc import Sequence
+from typing import Final
+
+from replica.heartbeat.settings import Respawn
+
+log = logging.getLogger("replica.heartbeat")
+
+#: The exit status that means: do not start me again (Heartbeat's).
+ENOUGH: Final = 100
+_PAUSE_S: Final = 1.0
+_LONGEST_PAUSE_S: Final = 60.0
+_GRACE_S: Final = 5.0
+
+
+class ClientPrograms:
+    """They are started with the daemon, restarted when they end, and ended with it."""
+
+    def __init__(self, programs: Sequence[Respawn]) -> None:
+        self._programs = programs
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Keep them running from now on."""
+        self._tasks = [asyncio.create_task(self._keep(program)) for program in self._programs]
+
+    async def stop(self) -> None:
+        """End them."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _keep(self, program: Respawn) -> None:
+        name, pause_s = program.command[0], _PAUSE_S
+        loop = asyncio.get_running_loop()
+        while True:
+            began_s = loop.time()
+            try:
+                status = await self._run(program)
+            except (OSError, KeyError) as error:
+                log.warning("respawn: %s cannot be started as %s (%s).", name, program.user, error)
+            else:
+                if status == ENOUGH:
+                    log.info("respawn: %s has ended, and is not to be started again.", name)
+                    return
+                log.warning("respawn: %s has ended (status %d): starting it again.", name, status)
+            # One that ends at once is not worth more and more of the machine.
+            pause_s = min(pause_s * 2, _LONGEST_PAUSE_S) if loop.time() - began_s < _LONGEST_PAUSE_S else _PAUSE_S
+            await asyncio.sleep(pause_s)
+
+    async def _run(self, program: Respawn) -> int:
+        user = pwd.getpwnam(program.user)
+        process = await asyncio.create_subprocess_exec(
+            *program.command,
+            stdin=asyncio.subprocess.DEVNULL,
+            user=user.pw_uid,
+            group=user.pw_gid,
+            extra_groups=[],
+            start_new_session=True,
+        )
+        log.info("respawn: %s runs (pid %d).", program.command[0], process.pid)
+        try:
+            return await process.wait()
+        finally:
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.terminate()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_GRACE_S):
+                        await process.wait()
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
