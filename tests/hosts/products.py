@@ -108,7 +108,7 @@ class Ours:
     name = "replica-heartbeat"
     _MODULE = "replica.heartbeat.daemon"
     #: Starts it again, as its unit says (Restart=on-failure); $0 is the command.
-    _SUPERVISOR = 'until "$@"; do :; done'
+    _SUPERVISOR = 'until "$@"; do sleep 0.1; done'
 
     def __init__(self, *options: str) -> None:
         self._options = options or ("--ha-dir", _HA_DIR)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from tests.hosts import apache
 from tests.hosts.host import Host, now
 from tests.hosts.lab import Lab
 from tests.hosts.namespace import LabError
@@ -32,11 +33,13 @@ class Phase:
 class Cluster:
     """Both nodes with a product that is installed and not yet started, and the client's probe."""
 
-    def __init__(self, lab: Lab, probe: Probe, product: Product, files: HaFiles, quiet_s: float) -> None:
+    def __init__(self, lab: Lab, probe: Probe, product: Product, files: HaFiles, pages: bool, quiet_s: float) -> None:
         self.lab = lab
         self.probe = probe
         self.product = product
         self.files = files
+        #: Look at the web server's pages, which say who serves them, instead of plain answers.
+        self.pages = pages
         #: So long nothing may change before a phase is over.
         self.quiet_s = quiet_s
         self.node1, self.node2 = lab.nodes
@@ -66,18 +69,17 @@ class Cluster:
     def look(self, name: str, since: float) -> Phase:
         """What was seen up to now."""
         until, seen = now(), self.probe.timeline
-        outage_s, two_s = seen.outage_s(since, until), seen.two_holders_s(since, until)
-        answers = until - seen.answers[-1].received < 1 if seen.answers else False
-        return Phase(name, since, until, outage_s, two_s, seen.last() if answers else "")
+        outage_s, two_s = seen.outage_s(since, until, self.pages), seen.two_holders_s(since, until)
+        recent = seen.recent(until - 1, self.pages)
+        return Phase(name, since, until, outage_s, two_s, recent[-1].who if recent else "")
 
     def _settled(self, seen: Timeline, since: float, holder: Host) -> bool:
         quiet_since = now() - self.quiet_s
-        if quiet_since < since or seen.last() != holder.name:
+        if quiet_since < since or seen.last(self.pages) != holder.name:
             return False
-        recent = seen.recent_answers(quiet_since)
         return (
-            {who for _, who in recent} == {holder.name}
-            and not seen.outages(quiet_since, now())
+            all(who == holder.name for _, who in seen.recent(quiet_since, self.pages))
+            and not seen.outages(quiet_since, now(), self.pages)
             and not seen.two_holders(quiet_since, now())
         )
 
@@ -89,18 +91,26 @@ class Scenario:
     name: str
     run: Callable[[Cluster], Iterator[Phase]]
     files: HaFiles = field(default_factory=HaFiles)
+    #: Its resources are the address and Apache, and the client looks at the pages.
+    web: bool = False
+
+    def missing(self) -> str:
+        """Why it cannot be run here, "" when it can."""
+        return apache.missing() if self.web else ""
 
 
 def play(
     lab: Lab, product: Product, scenario: Scenario, deadtime_s: float, quiet_s: float
 ) -> tuple[list[Phase], Timeline]:
     """Run a scenario in a new lab; its phases, and all that the client saw."""
-    files = replace(scenario.files, deadtime_s=deadtime_s)
+    files = replace(scenario.files, deadtime_s=deadtime_s, resources=("apache2",) if scenario.web else ())
     for node in lab.nodes:
         serve(node)
         files.install(node)
-    with Probe(lab) as probe:
-        phases = list(scenario.run(Cluster(lab, probe, product, files, quiet_s)))
+        if scenario.web:
+            apache.install(node)
+    with Probe(lab, http=scenario.web) as probe:
+        phases = list(scenario.run(Cluster(lab, probe, product, files, scenario.web, quiet_s)))
         return phases, probe.timeline
 
 
@@ -157,6 +167,15 @@ def _killed(cluster: Cluster) -> Iterator[Phase]:
     yield cluster.phase("manager killed", kill, None, at_most_s=4 * cluster.files.deadtime_s)
 
 
+def _web(cluster: Cluster) -> Iterator[Phase]:
+    """With Apache behind the address; it dies, is moved by an operator, and loses its host."""
+    yield cluster.phase("start", cluster.start, cluster.node1)
+    yield cluster.phase("Apache killed", lambda: apache.kill(cluster.node1), cluster.node1, at_most_s=30)
+    yield cluster.phase("standby", lambda: cluster.product.standby(cluster.node1), cluster.node2)
+    yield cluster.phase("takeover", lambda: cluster.product.takeover(cluster.node1), cluster.node1)
+    yield cluster.phase("power cut", cluster.node1.power_cut, cluster.node2)
+
+
 SCENARIOS: Final = (
     Scenario(
         "start",
@@ -170,4 +189,5 @@ SCENARIOS: Final = (
     Scenario("heartbeats cut", _path_cut),
     Scenario("wrong secret", _wrong_secret),
     Scenario("manager killed", _killed),
+    Scenario("web", _web, web=True),
 )
