@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from replica import config_values as values
 from replica.config_file import ConfigError, ConfigFile, Document, Table, suggestion
 from replica.config_tls import Tls, link_tls, nbd_tls
-from replica.config_values import Listen, NbdTls, TlsPaths
+from replica.config_values import CLUSTER_MANAGER_STEM, Listen, NbdTls, TlsPaths
 from replica.heartbeat.sections import SECTIONS, Members, Sections, read_sections
 from replica.hooks import MAX_TIMEOUT_S, MIN_TIMEOUT_S, Event, HookSettings
 from replica.private_file import read_private_file
@@ -306,6 +306,8 @@ def _with_tls(file: ConfigFile, resource: Resource, read: bool) -> Resource:
 def _read_resource(table: Table, here: Node, peer: Node, hooks: HookSettings) -> Resource:
     name = table.key[-1]
     _check_name(table.file, table.key, name)
+    if name == CLUSTER_MANAGER_STEM:
+        raise table.file.error(table.key, "this name is kept for the cluster manager: choose another one")
     common = _read_settings(table, of_node=False)
     overrides: dict[str, dict[str, Any]] = {}
     if "on" in table.items:

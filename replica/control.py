@@ -1,4 +1,4 @@
-"""The control socket: how ``replicactl`` talks to the daemon of a resource; both ends.
+"""The control socket: how ``replicactl`` talks to the daemon of a resource, and to the cluster manager; both ends.
 
 A stream of msgpack maps over a Unix socket, one request for each connection:
 
@@ -23,7 +23,7 @@ from typing import Any
 
 import msgpack
 
-from replica.config_values import MAX_UNIX_PATH_BYTES
+from replica.config_values import CLUSTER_MANAGER, CLUSTER_MANAGER_STEM, MAX_UNIX_PATH_BYTES
 from replica.errors import ReplicaError
 
 MAX_REQUEST_BYTES = 64 << 10
@@ -53,6 +53,11 @@ class ControlTimeout(ControlError):
 
 class _ClientGone(Exception):
     """The client closed the connection while events were being sent to it."""
+
+
+def _served_by(path: Path) -> str:
+    """The program behind a control socket, as it is started."""
+    return CLUSTER_MANAGER if path.stem == CLUSTER_MANAGER_STEM else f"replicad {path.stem}"
 
 
 def new_unpacker(limit_bytes: int) -> msgpack.Unpacker:
@@ -110,7 +115,7 @@ class ControlServer:
         except BlockingIOError:
             os.close(descriptor)
             raise ControlError(
-                f"another replicad already serves {self.path.stem} on this node ({self.path}): stop it first"
+                f"another {_served_by(self.path)} already runs for this node ({self.path}): stop it first"
             ) from None
         self._lock_descriptor = descriptor
 
@@ -121,7 +126,7 @@ class ControlServer:
         try:
             await self._serve(reader, writer)
         except asyncio.CancelledError:
-            _write(writer, {"error": "replicad stopped before it was done: ask again once it runs"})
+            _write(writer, {"error": f"{_served_by(self.path)} stopped before it was done: ask again once it runs"})
         except (_ClientGone, ConnectionError):
             _log.debug("a control client went away before its answer")
         finally:
@@ -163,7 +168,9 @@ class ControlServer:
             return pack({"error": str(error)})
         except Exception:
             _log.exception("the request %r failed", verb)
-            return pack({"error": f"{verb} failed by a fault of replicad itself: its log has the details"})
+            return pack(
+                {"error": f"{verb} failed by a fault of {_served_by(self.path)} itself: its log has the details"}
+            )
 
 
 def pack(message: dict[str, Any]) -> bytes:
@@ -289,7 +296,7 @@ def _exchange(connection: socket.socket, path: Path, request: dict[str, Any], ti
             yield from messages(unpacker, data, "answer")
     except TimeoutError:
         waited = f"has not answered {request['verb']} within {timeout_s:g} s"
-        raise ControlTimeout(f"replicad {path.stem} {waited}: it may still do it") from None
+        raise ControlTimeout(f"{_served_by(path)} {waited}: it may still do it") from None
     except ConnectionError:
         return
 
@@ -314,14 +321,15 @@ def _connect(connection: socket.socket, path: Path) -> None:
 
 def connect_error(path: Path, error: OSError) -> ControlError:
     """What it means that a control socket cannot be connected to."""
-    name = path.stem
     if isinstance(error, FileNotFoundError | ConnectionRefusedError):
+        program = _served_by(path)
+        unit = program.replace(" ", "@")
         return NotRunning(
-            f"replicad {name} is not running on this node (nobody serves {path}): "
-            f"start it with `systemctl start replicad@{name}` or `replicad {name}`"
+            f"{program} is not running on this node (nobody serves {path}): "
+            f"start it with `systemctl start {unit}` or `{program}`"
         )
     if isinstance(error, PermissionError):
-        return ControlError(f"no permission to use {path}: run this as the user of replicad (root)")
+        return ControlError(f"no permission to use {path}: run this as the user of {_served_by(path)} (root)")
     problem = error.strerror or str(error)
     return ControlError(f"cannot connect to {path} ({problem}): see run-dir in the configuration")
 
@@ -333,9 +341,9 @@ def answer(message: Any, path: Path) -> Any:
             return result
         case {"error": str(sentence)}:
             raise ControlError(sentence)
-    raise ControlError(f"replicad {path.stem} gave an answer of an unknown form: see its log")
+    raise ControlError(f"{_served_by(path)} gave an answer of an unknown form: see its log")
 
 
 def gone_away(path: Path, verb: str) -> ControlError:
     """The daemon has closed the connection, and this is why it has not answered."""
-    return ControlError(f"replicad {path.stem} went away before it answered {verb}: see its log")
+    return ControlError(f"{_served_by(path)} went away before it answered {verb}: see its log")

@@ -20,6 +20,7 @@ from typing import Any
 import uvloop
 
 from nbdserver.log_limit import limit_log
+from replica.config_values import CLUSTER_MANAGER
 from replica.control import ControlServer, SendEvent
 from replica.errors import ReplicaError
 from replica.heartbeat import clock, host
@@ -40,7 +41,7 @@ from replica.supervisor import notify_supervisor
 
 log = logging.getLogger("replica.heartbeat")
 
-PROGRAM = "replica-heartbeat"
+PROGRAM = CLUSTER_MANAGER
 
 
 class Daemon:
@@ -59,8 +60,8 @@ class Daemon:
             settings_digest(settings),
         )
         self._links = Links(settings, self._manager.heard)
-        self._pinger = Pinger(settings, self._manager.wake)
-        self._control = ControlServer(settings.control_socket, self._handle, program=PROGRAM)
+        self._pinger = Pinger(settings.pings, settings.timing, _addresses(settings), self._manager.wake)
+        self._control = ControlServer(settings.control_socket, self._handle)
         self._watchdog = host.Watchdog(settings.watchdog) if settings.watchdog else None
         self._clients = ClientPrograms(settings.respawn)
         self._verbs: dict[str, Callable[[dict[str, Any], SendEvent], Awaitable[Any]]] = {
@@ -191,7 +192,7 @@ class Daemon:
     async def _fence_test(self, args: dict[str, Any], _send: SendEvent) -> Any:
         node = args.get("node")
         nodes = [node] if node else list(self._settings.nodes)
-        return {name: await self._fencer.test(name) for name in nodes}
+        return {name: [tested._asdict() for tested in await self._fencer.test(name)] for name in nodes}
 
 
 async def _tell(send: SendEvent, words: str) -> None:
@@ -206,6 +207,12 @@ async def _held_elsewhere(settings: HeartbeatSettings, group: GroupSettings) -> 
             if holder:
                 return f"{resource.name} is answered for by {holder}"
     return ""
+
+
+def _addresses(settings: HeartbeatSettings) -> list[str]:
+    """Of the cluster: pinging them says nothing of the network."""
+    resources = (resource for group in settings.groups for resource in group.resources)
+    return [resource.options["ip"].split("/")[0] for resource in resources if resource.kind == "ip"]
 
 
 def _stay(why: str) -> None:

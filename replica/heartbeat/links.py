@@ -17,7 +17,7 @@ from typing import Final
 from nbdserver.log_limit import FewAlike
 from replica.heartbeat import sockets, start_number
 from replica.heartbeat.clock import now
-from replica.heartbeat.membership import Event, Membership
+from replica.heartbeat.membership import Event, Membership, PeerView
 from replica.heartbeat.node_state import NodeState
 from replica.heartbeat.packet import MAX_BYTES, NONCE_BYTES, check_fits
 from replica.heartbeat.settings import HeartbeatSettings, PathKind, PathSettings
@@ -140,6 +140,10 @@ class Links:
         data = self.membership.pack_next(state, now_s)
         for index, way in enumerate(self._ways):
             self._log(self._send_on(index, way, data))
+
+    def peer(self) -> PeerView:
+        """The other node, as it was heard."""
+        return self.membership.view()
 
     def renew(self) -> None:
         """After a pause of this process: what waits in the sockets is the past, and a new session begins."""

@@ -153,7 +153,7 @@ def pack_shortened(packet: Packet, auth: Auth) -> bytes:
 def check_fits(cluster: str, nodes: tuple[str, ...], groups: Iterable[str], auth: Auth) -> None:
     """PacketError when packets about groups of these names could not be sent, whatever their state."""
     name, nonce, most = max(nodes, key=len), bytes(NONCE_BYTES), Number(MAX_NUMBER - 1, MAX_NUMBER - 1)
-    group = GroupState(Claim(MAX_NUMBER, name), Status.STARTING, wanted=MAX_NUMBER)
+    group = GroupState(Claim(MAX_NUMBER, name), Status.STARTING, wanted=True)
     state = NodeState(groups=dict.fromkeys(groups, group), settings_digest="0" * 64)
     pack(Packet(cluster, name, most, 0.0, nonce, most, Echo(nonce, 0.0, 0.0), state), auth)
 

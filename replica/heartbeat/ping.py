@@ -13,7 +13,7 @@ import socket
 import struct
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from nbdserver.log_limit import FewAlike
 from replica.errors import ReplicaError
@@ -108,6 +108,10 @@ class Pinger:
     def settled(self) -> bool:
         """Whether all are reachable, or have had the time to answer: before that, too few mean nothing."""
         return self.alive == self.total or now() - self._started_s >= self._timing.deadping_s
+
+    def status(self) -> list[dict[str, Any]]:
+        """Each of them, for a status document."""
+        return [{"name": node.name, "alive": node.alive} for node in self._nodes.values()]
 
     def reachable(self, name: str) -> bool:
         """Of a ping node or group that counts; False for any other."""

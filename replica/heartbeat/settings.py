@@ -9,6 +9,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
+from replica.config_values import CLUSTER_MANAGER_STEM
+
 DEFAULT_PORT: Final = 694  # Heartbeat's, registered as ha-cluster
 
 
@@ -185,4 +187,4 @@ class HeartbeatSettings:
     @property
     def control_socket(self) -> Path:
         """Where `replicactl` reaches the daemon."""
-        return self.run_dir / "heartbeat.sock"
+        return self.run_dir / f"{CLUSTER_MANAGER_STEM}.sock"

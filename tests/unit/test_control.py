@@ -144,7 +144,7 @@ def test_a_fault_goes_to_the_log_and_one_sentence_to_the_client(
             with caplog.at_level(logging.ERROR), pytest.raises(ReplicaError) as caught:
                 await asyncio.to_thread(call, path, verb)
             assert await asyncio.to_thread(call, path, "echo") == {}
-        assert str(caught.value) == f"{verb} failed by a fault of replicad itself: its log has the details"
+        assert str(caught.value) == f"{verb} failed by a fault of replicad r0 itself: its log has the details"
         assert "Traceback" in caplog.text
         assert logged in caplog.text
 
@@ -278,7 +278,7 @@ def test_stop_tells_the_clients_and_removes_the_socket(run: Any, path: Path) -> 
             request = asyncio.create_task(exchange(path, msgpack.packb({"verb": "hang"}), end=False))
             await daemon.started.wait()
         (answer,) = await request
-        assert answer["error"].startswith("replicad stopped before it was done")
+        assert answer["error"].startswith("replicad r0 stopped before it was done")
         assert not path.exists()
         async with serving(path):
             assert await asyncio.to_thread(call, path, "echo") == {}
@@ -315,7 +315,7 @@ def test_a_second_daemon_is_refused_and_harms_nothing(run: Any, path: Path) -> N
     async def body() -> None:
         async with serving(path):
             second = ControlServer(path, Daemon().handle)
-            with pytest.raises(ReplicaError, match="another replicad already serves r0 on this node"):
+            with pytest.raises(ReplicaError, match="another replicad r0 already runs for this node"):
                 await second.start()
             await second.stop()
             assert await asyncio.to_thread(call, path, "echo") == {}
