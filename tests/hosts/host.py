@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from tests.hosts.namespace import LabError, Namespace, run, state_of
 from tests.hosts.switch import all_of
@@ -209,7 +209,9 @@ class Host:
         """Start a program and talk to it; it ends with the host at the latest. On a host that is frozen meanwhile its
         nsenter stops as well, for good: there `spawn`.
         """
-        return subprocess.Popen(self.command(*command), env=_environment(environment), **options)
+        return subprocess.Popen(
+            self.command(*command), env=_environment(environment), start_new_session=True, **options
+        )
 
     def python(self, module: str, *arguments: str | Path) -> list[str | Path]:
         """The command line, inside, of a module of this project."""
@@ -219,14 +221,10 @@ class Host:
         """Start a program that is nobody's child out here, as an init system would: it can be frozen with its host.
         What it prints goes to /var/log/NAME.log of the host.
         """
-        with self.open(f"/var/log/{name}.log", "ab") as log:
-            self.popen(
-                *("setsid", "--fork", *command),
-                environment=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            ).wait(PATIENCE_S)
+        into_log = f'exec setsid --fork "$@" >>/var/log/{name}.log 2>&1'
+        self.popen(*("sh", "-c", into_log, name, *command), environment=environment, stdin=subprocess.DEVNULL).wait(
+            PATIENCE_S
+        )
 
     def signal(self, number: signal.Signals, program: str) -> list[int]:
         """Send a signal to the processes of this host whose command line has `program` in it; who got it."""
@@ -240,36 +238,24 @@ class Host:
 
     # ── files ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def path(self, path: str | Path) -> Path:
-        """Where a file of the host lies out here; when it is off, only what it has written itself."""
-        inside = str(path).lstrip("/")
-        if self._running is not None and self._running.alive:
-            return Path(f"/proc/{self._running.pid}/root") / inside
-        return self.lab.ground_path(self.disk / "upper" / inside)
-
     def read(self, path: str | Path) -> str:
-        """The text of a file, "" when there is none."""
-        try:
-            return self.path(path).read_text(errors="replace")
-        except FileNotFoundError:
-            return ""
+        """The text of a file, "" when there is none; of a host that is off, if it has written it itself."""
+        if self.on:
+            return self.try_run("cat", path).stdout  # inside: an absolute symbolic link would lead out of there
+        file = self._written(path)
+        return file.read_text(errors="replace") if file.exists() else ""
 
     def write(self, path: str | Path, text: str, mode: int = 0o644) -> None:
-        """Make or replace a file."""
-        with self.open(path, "wb") as file:
-            file.write(text.encode())
-        self.path(path).chmod(mode)
+        """Make or replace a file, and the folders above it."""
+        self.run("install", "-D", "-m", f"{mode:o}", "/dev/stdin", path, stdin=text)
 
-    def open(self, path: str | Path, mode: str) -> IO[bytes]:
-        """A file of the host; its folder is made when it is to be written."""
-        file = self.path(path)
-        if not mode.startswith("r"):
-            file.parent.mkdir(parents=True, exist_ok=True)
-        return file.open(mode)
+    def _written(self, path: str | Path) -> Path:
+        """Where a file that the host has written lies out here."""
+        return self.lab.ground_path(self.disk / "upper" / str(path).lstrip("/"))
 
     def logs(self) -> Iterator[tuple[str, str]]:
         """What there is to read after a failure: name and text of each file of /var/log that the host has written."""
-        folder = self.lab.ground_path(self.disk / "upper" / "var/log")
+        folder = self._written("/var/log")
         if folder.is_dir():
             for file in sorted(folder.rglob("*")):
                 if file.is_file():

@@ -1,5 +1,6 @@
 """What the client saw: who answered when, what was answered by nobody, what by two. Pure."""
 
+import bisect
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -54,10 +55,13 @@ class Timeline:
 
     # ── looking back ─────────────────────────────────────────────────────────────────────────────────────────
 
+    def seen(self, pages: bool = False) -> list[Answer]:
+        """All answers, or all pages."""
+        return self.pages if pages else self.answers
+
     def outages(self, since: float, until: float, pages: bool = False) -> list[Span]:
         """When nobody answered for longer than three questions take."""
-        answers = self.pages if pages else self.answers
-        moments = [since, *(moment for moment, _ in answers if since < moment < until), until]
+        moments = [since, *(moment for moment, _ in self.seen(pages) if since < moment < until), until]
         spans = (Span(begin, end) for begin, end in itertools.pairwise(moments))
         return [span for span in spans if span.length_s > 3 * self.every_s]
 
@@ -73,9 +77,14 @@ class Timeline:
         """For how long, in all."""
         return len(self.two_holders(since, until)) * self.every_s
 
-    def last(self) -> str:
+    def last(self, pages: bool = False) -> str:
         """Who answered last, "" for nobody yet."""
-        return self.answers[-1].who if self.answers else ""
+        return self.seen(pages)[-1].who if self.seen(pages) else ""
+
+    def recent(self, since: float, pages: bool = False) -> list[Answer]:
+        """The answers from then on."""
+        answers = self.seen(pages)
+        return answers[bisect.bisect_left(answers, (since, "")) :]
 
     def runs(self, since: float, until: float) -> list[tuple[str, Span]]:
         """Who answered from when to when, in order; a gap ends a run."""
