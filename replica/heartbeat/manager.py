@@ -8,7 +8,7 @@ others could see of it, and holds only what it can confirm.
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from replica.errors import Refused
 from replica.heartbeat import clock
@@ -53,7 +53,10 @@ class Pings(Protocol):
     @property
     def total(self) -> int: ...
 
-    def status(self) -> list[dict[str, Any]]: ...
+    @property
+    def settled(self) -> bool: ...
+
+    def restart(self) -> None: ...
 
 
 class Manager:
@@ -180,6 +183,7 @@ class Manager:
             if runner.status in (Status.STARTED, Status.STARTING):
                 runner.suspend()
         self._network.renew()
+        self._pings.restart()
         self.consents.forget()
         log.warning("This node was paused for %.1f s: it holds nothing until it knows what has happened.", asleep_s)
         if self.phase is Phase.UP:
@@ -227,6 +231,11 @@ class Manager:
             self.consents.forget()
         return peer
 
+    @property
+    def _pings_alive(self) -> int:
+        """(Those that have had no time yet to answer are believed to.)"""
+        return self._pings.alive if self._pings.settled else self._pings.total
+
     def _is_alive(self, now: float, heard_s: float | None) -> bool:
         if heard_s is None or now - heard_s >= self.settings.timing.deadtime_s:
             return False
@@ -255,7 +264,7 @@ class Manager:
             listened=now >= self._listen_until_s,
             young=now - self.began_s < timing.initdead_s,
             auto_failback=self.settings.auto_failback,
-            pings_alive=self._pings.alive,
+            pings_alive=self._pings_alive,
             pings=self._pings.total,
         )
 
@@ -314,7 +323,7 @@ class Manager:
 
     def _state(self) -> NodeState:
         groups = {name: self.group_state(runner) for name, runner in self.runners.items()}
-        return NodeState(self.phase, groups, self._pings.alive, self._pings.total, self._digest)
+        return NodeState(self.phase, groups, self._pings_alive, self._pings.total, self._digest)
 
     def _publish(self, *, always: bool) -> None:
         state = self._state()

@@ -109,10 +109,6 @@ class Pinger:
         """Whether all are reachable, or have had the time to answer: before that, too few mean nothing."""
         return self.alive == self.total or now() - self._started_s >= self._timing.deadping_s
 
-    def status(self) -> list[dict[str, Any]]:
-        """Each of them, for a status document."""
-        return [{"name": node.name, "alive": node.alive} for node in self._nodes.values()]
-
     def reachable(self, name: str) -> bool:
         """Of a ping node or group that counts; False for any other."""
         node = self._nodes.get(name)

@@ -21,9 +21,9 @@ CANARIES: Final = (
     Canary(
         "any-release",
         "that the other node holds nothing counts under whatever claim it says so",
-        f"{_DECIDE}:_Case._released",
-        "and self.theirs.claim == self.claim",
-        "",
+        f"{_DECIDE}:_Case._start",
+        "if self._released:",
+        "if self.theirs is not None and self.theirs.status.holds_nothing:",
     ),
     Canary(
         "no-consent",

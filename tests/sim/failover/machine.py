@@ -133,9 +133,10 @@ class SimHeld:
 
 class SimPings:
     alive = total = 0
+    settled = True
 
-    def status(self) -> list[dict[str, Any]]:
-        return []
+    def restart(self) -> None:
+        pass
 
 
 class SimLinks:
