@@ -227,11 +227,12 @@ class Host:
         )
 
     def signal(self, number: signal.Signals, program: str) -> list[int]:
-        """Send a signal to the processes of this host whose command line has `program` in it; who got it."""
+        """Send a signal to the processes of this host whose command line begins so; who got it."""
         reached = []
         for pid in self.namespace.processes():
             with contextlib.suppress(OSError):
-                if program in Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode():
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                if command.startswith(program):
                     os.kill(pid, number)
                     reached.append(pid)
         return reached

@@ -30,6 +30,7 @@ _PROGRAMS: Final = {
     "ip": "iproute2",
     "nft": "nftables",
 }
+_LAST_LINES: Final = 80
 CLUSTER_IP: Final = "192.168.2.50"
 
 
@@ -139,5 +140,5 @@ class Lab:
         lines = [f"{moment:.3f} {event}" for moment, event in self.events]
         for host in self.hosts.values():
             for name, text in host.logs():
-                lines += [f"── {host.name}: {name}", text.rstrip()]
+                lines += [f"── {host.name}: {name}", *text.splitlines()[-_LAST_LINES:]]
         return "\n".join(lines)
