@@ -28,6 +28,8 @@ _HEADER: Final = struct.Struct("!BBHHH")  # type, code, checksum, identifier, se
 _TOKEN_BYTES: Final = 16
 _BATCH: Final = 64
 _RESOLVE_AGAIN_S: Final = 10.0
+#: Of deadping: longer between two looks at the answers, and this process was asleep.
+_PAUSE_PART: Final = 0.6
 # What only lets answers through to a raw socket: linux/icmp.h, linux/icmpv6.h.
 _ICMP_FILTER: Final = 1
 _ICMPV6_FILTER: Final = 1
@@ -92,7 +94,7 @@ class Pinger:
         self._tasks: list[asyncio.Task[None]] = []
         self._few_alike = FewAlike(10, 60.0)
         log.addFilter(self._few_alike)
-        self._started_s = now()
+        self._started_s = self._reviewed_s = now()
 
     @property
     def total(self) -> int:
@@ -125,7 +127,7 @@ class Pinger:
 
     async def open(self) -> None:
         """Begin to ping; PingError when this process may not."""
-        self._started_s = now()
+        self._started_s = self._reviewed_s = now()
         for node in self._nodes.values():
             for target in node.targets:
                 if target.address:
@@ -134,14 +136,6 @@ class Pinger:
                     self._tasks.append(spawn(self._resolve(target), f"address of ping node {target.configured}"))
         if self._nodes:
             self._tasks.append(spawn(self._run(), "pings"))
-
-    def restart(self) -> None:
-        """After a pause of this process: nothing is known of how long a node has been silent."""
-        self._started_s = now()
-        for node in self._nodes.values():
-            for target in node.targets:
-                if target.answered_s is not None:
-                    target.answered_s = self._started_s
 
     async def close(self) -> None:
         """Ping no more."""
@@ -167,6 +161,9 @@ class Pinger:
 
     def _review(self) -> None:
         now_s, changed = now(), False
+        if now_s - self._reviewed_s > self._timing.deadping_s * _PAUSE_PART:
+            self._forget_silence(now_s)
+        self._reviewed_s = now_s
         for node in self._nodes.values():
             alive = any(
                 target.answered_s is not None and now_s - target.answered_s <= self._timing.deadping_s
@@ -180,6 +177,13 @@ class Pinger:
                     log.warning("ping node %s has not answered for %g s.", node.name, self._timing.deadping_s)
         if changed:
             self._changed()
+
+    def _forget_silence(self, now_s: float) -> None:
+        """This process was asleep: who did not answer meanwhile was not asked, or not heard."""
+        for node in self._nodes.values():
+            for target in node.targets:
+                if node.alive and target.answered_s is not None:
+                    target.answered_s = now_s
 
     def _ping(self, target: _Target) -> None:
         if not target.address:

@@ -112,6 +112,10 @@ def test_a_restart_grows_the_start_number_and_remembers_the_other_node(local: Ca
     asyncio.run(_restart(local))
 
 
+def test_what_was_never_opened_can_be_closed(local: Callable[..., HeartbeatSettings]) -> None:
+    asyncio.run(Node(local("node1")).links.close())
+
+
 def test_nobody_listening_is_no_end(local: Callable[..., HeartbeatSettings]) -> None:
     async def main() -> None:
         async with opened(local("node1")) as (here,):
