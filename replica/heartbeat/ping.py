@@ -137,6 +137,16 @@ class Pinger:
         if self._nodes:
             self._tasks.append(spawn(self._run(), "pings"))
 
+    def restart(self) -> None:
+        """After a pause of this process, which it also finds by itself: who did not answer meanwhile was not asked, or
+        not heard.
+        """
+        self._started_s = self._reviewed_s = now()
+        for node in self._nodes.values():
+            for target in node.targets:
+                if node.alive and target.answered_s is not None:
+                    target.answered_s = self._started_s
+
     async def close(self) -> None:
         """Ping no more."""
         for task in self._tasks:
@@ -162,7 +172,7 @@ class Pinger:
     def _review(self) -> None:
         now_s, changed = now(), False
         if now_s - self._reviewed_s > self._timing.deadping_s * _PAUSE_PART:
-            self._forget_silence(now_s)
+            self.restart()
         self._reviewed_s = now_s
         for node in self._nodes.values():
             alive = any(
@@ -177,13 +187,6 @@ class Pinger:
                     log.warning("ping node %s has not answered for %g s.", node.name, self._timing.deadping_s)
         if changed:
             self._changed()
-
-    def _forget_silence(self, now_s: float) -> None:
-        """This process was asleep: who did not answer meanwhile was not asked, or not heard."""
-        for node in self._nodes.values():
-            for target in node.targets:
-                if node.alive and target.answered_s is not None:
-                    target.answered_s = now_s
 
     def _ping(self, target: _Target) -> None:
         if not target.address:

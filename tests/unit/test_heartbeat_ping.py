@@ -135,6 +135,10 @@ def test_after_a_pause_nobody_is_silent_for_its_length(two_hosts: list[Host]) ->
         watched.pinger._reviewed_s -= 100
         watched.pinger._review()
         assert watched.pinger.alive == 1
+        target.answered_s -= 100
+        watched.pinger.restart()
+        watched.pinger._review()
+        assert watched.pinger.alive == 1
 
     here.call(pause)
     here.do(watched.until_alive(0))
