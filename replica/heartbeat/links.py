@@ -121,6 +121,7 @@ class Links:
         self._keeping: asyncio.Task[None] | None = None
         self._kept_s = 0.0
         self._sent_s: float | None = None
+        self._opened = False
         self._few_alike = FewAlike(_LINES_ALIKE, _LINES_WINDOW_S)
 
     async def open(self) -> None:
@@ -130,6 +131,7 @@ class Links:
         seen = await asyncio.to_thread(start_number.read_seen, folder, settings.peer)
         self.membership = Membership(settings, now(), start, lambda: os.urandom(NONCE_BYTES), seen)
         self._kept_start, self._kept_seen = start, seen
+        self._opened = True
         for way in self._ways:
             if not way.address:
                 self._tasks.append(spawn(self._resolve(way), f"address of {way.settings.address}"))
@@ -169,7 +171,8 @@ class Links:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._keeping is not None:
             await self._keeping
-        await self._keep()
+        if self._opened:
+            await self._keep()
 
     # Sending
 

@@ -28,6 +28,8 @@ _HEADER: Final = struct.Struct("!BBHHH")  # type, code, checksum, identifier, se
 _TOKEN_BYTES: Final = 16
 _BATCH: Final = 64
 _RESOLVE_AGAIN_S: Final = 10.0
+#: Of deadping: longer between two looks at the answers, and this process was asleep.
+_PAUSE_PART: Final = 0.6
 # What only lets answers through to a raw socket: linux/icmp.h, linux/icmpv6.h.
 _ICMP_FILTER: Final = 1
 _ICMPV6_FILTER: Final = 1
@@ -92,7 +94,7 @@ class Pinger:
         self._tasks: list[asyncio.Task[None]] = []
         self._few_alike = FewAlike(10, 60.0)
         log.addFilter(self._few_alike)
-        self._started_s = now()
+        self._started_s = self._reviewed_s = now()
 
     @property
     def total(self) -> int:
@@ -125,7 +127,7 @@ class Pinger:
 
     async def open(self) -> None:
         """Begin to ping; PingError when this process may not."""
-        self._started_s = now()
+        self._started_s = self._reviewed_s = now()
         for node in self._nodes.values():
             for target in node.targets:
                 if target.address:
@@ -136,11 +138,13 @@ class Pinger:
             self._tasks.append(spawn(self._run(), "pings"))
 
     def restart(self) -> None:
-        """After a pause of this process: nothing is known of how long a node has been silent."""
-        self._started_s = now()
+        """After a pause of this process, which it also finds by itself: who did not answer meanwhile was not asked, or
+        not heard.
+        """
+        self._started_s = self._reviewed_s = now()
         for node in self._nodes.values():
             for target in node.targets:
-                if target.answered_s is not None:
+                if node.alive and target.answered_s is not None:
                     target.answered_s = self._started_s
 
     async def close(self) -> None:
@@ -167,6 +171,9 @@ class Pinger:
 
     def _review(self) -> None:
         now_s, changed = now(), False
+        if now_s - self._reviewed_s > self._timing.deadping_s * _PAUSE_PART:
+            self.restart()
+        self._reviewed_s = now_s
         for node in self._nodes.values():
             alive = any(
                 target.answered_s is not None and now_s - target.answered_s <= self._timing.deadping_s

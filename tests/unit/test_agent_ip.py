@@ -235,8 +235,7 @@ def test_an_interface_without_carrier_is_not_ready() -> None:
         await agent.start(START)
         host.ip("link set eth0 down")
         assert await ready(Readiness.NO) == "eth0 has no carrier"
-        with pytest.raises(AgentError, match="eth0 has no carrier"):
-            await agent.monitor()
+        await agent.monitor()  # starting it again would mend nothing
         host.ip("link set eth0 up")
         await ready(Readiness.YES)
         await agent.monitor()

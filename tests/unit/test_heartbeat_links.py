@@ -13,7 +13,7 @@ import pytest
 import uvloop
 
 from replica.heartbeat import sockets, start_number
-from replica.heartbeat.links import Links
+from replica.heartbeat.links import Links, Way, way_of
 from replica.heartbeat.membership import PathStatus, Refusal
 from replica.heartbeat.node_state import NodeState, Phase
 from replica.heartbeat.packet import Number, PacketError
@@ -110,6 +110,10 @@ async def _restart(local: Callable[..., HeartbeatSettings]) -> None:
 
 def test_a_restart_grows_the_start_number_and_remembers_the_other_node(local: Callable[..., HeartbeatSettings]) -> None:
     asyncio.run(_restart(local))
+
+
+def test_what_was_never_opened_can_be_closed(local: Callable[..., HeartbeatSettings]) -> None:
+    asyncio.run(Node(local("node1")).links.close())
 
 
 def test_nobody_listening_is_no_end(local: Callable[..., HeartbeatSettings]) -> None:
@@ -287,6 +291,43 @@ def test_what_was_seen_is_kept_for_that_node(tmp_path: Path) -> None:
     start_number.keep_seen(tmp_path, "node2", Number(7, 9))
     assert start_number.read_seen(tmp_path, "node2") == Number(7, 9)
     assert start_number.read_seen(tmp_path, "node3") == Number(0, 0)
+
+
+# Which path brought a packet
+
+PATHS = (
+    (PathSettings(PathKind.UNICAST, "eth0", "192.168.2.45"), 2),
+    (PathSettings(PathKind.BROADCAST, "eth0", ""), 2),
+    (PathSettings(PathKind.MULTICAST, "eth1", "239.0.0.42"), 3),
+    (PathSettings(PathKind.UNICAST, "", "10.0.0.2"), 0),
+    (PathSettings(PathKind.UNICAST, "eth9", "10.9.0.2"), 0),  # there is no such interface
+    (PathSettings(PathKind.MULTICAST, "eth0", "FF02:0::1:42"), 2),
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "destination", "interface", "path"),
+    [
+        ("192.168.2.45", "192.168.2.44", 2, 0),
+        ("192.168.2.45", "192.168.2.44", 3, None),
+        ("192.168.2.99", "192.168.2.44", 2, 0),  # from another address of that node: the only unicast path of eth0
+        ("192.168.2.45", "255.255.255.255", 2, 1),
+        ("192.168.2.45", "255.255.255.255", 3, None),
+        ("192.168.2.45", "239.0.0.42", 3, 2),
+        ("192.168.2.45", "239.0.0.42", 2, None),
+        ("192.168.2.45", "239.0.0.43", 3, None),
+        ("10.0.0.2", "10.0.0.1", 7, 3),
+        ("10.9.0.2", "10.9.0.1", 9, None),
+        ("fe80::1", "ff02::1:42", 2, 5),
+        ("10.0.0.99", "10.0.0.1", 7, None),
+    ],
+)
+def test_the_path_that_brought_a_packet(source: str, destination: str, interface: int, path: int | None) -> None:
+    ways = []
+    for settings, index in PATHS:
+        ways.append(Way(settings, bind_all=True))
+        ways[-1].interface = index
+    assert way_of(sockets.Arrival(b"", source, destination, interface), ways) == path
 
 
 # Between namespaces

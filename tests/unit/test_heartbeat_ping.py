@@ -132,6 +132,10 @@ def test_after_a_pause_nobody_is_silent_for_its_length(two_hosts: list[Host]) ->
         (target,) = watched.pinger._nodes["192.168.2.1"].targets
         assert target.answered_s is not None
         target.answered_s -= 100
+        watched.pinger._reviewed_s -= 100
+        watched.pinger._review()
+        assert watched.pinger.alive == 1
+        target.answered_s -= 100
         watched.pinger.restart()
         watched.pinger._review()
         assert watched.pinger.alive == 1

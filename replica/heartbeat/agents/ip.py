@@ -210,11 +210,10 @@ class AddressAgent:
         await self._forget_lease()
 
     async def monitor(self) -> None:
+        """A pulled cable is no failure of the address, which starting it again would mend: `ready` tells of that."""
         place: _Place = await _asked(_find_place, self._options)
         if not await self._existing(place):
             raise AgentError(f"is not on {place.link.name} any more")
-        if why := _unusable(place.link):
-            raise AgentError(f"cannot be reached: {why}")
 
     async def active(self) -> bool:
         """(It is held on, if it is found: what an earlier run of this program has added.)"""
