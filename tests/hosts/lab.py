@@ -60,6 +60,8 @@ class Lab:
         self.events: list[tuple[float, str]] = []
         #: All namespaces that were ever made for it.
         self.identities: set[str] = set()
+        #: Loop devices that its hosts had mounted, and their files.
+        self.loop_devices: set[tuple[str, str]] = set()
         self.ground = Namespace("ground", {"disks": str(self.disks)}, ["--net", "--mount", "--pid"], within=None)
         self.identities |= self.ground.identities
         self.switch = Switch(self.ground, networks=2)
