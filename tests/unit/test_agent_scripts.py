@@ -184,6 +184,8 @@ def test_a_script_without_a_status_is_not_started(daemon: Path) -> None:
         with pytest.raises(AgentError, match="its script has no action `status`: use an exec resource"):
             await make("lsb", {"lsb": str(daemon)}, settings_in(daemon.parent)).start(START)
         assert not Path(f"{daemon}.up").exists()
+        program(daemon, 'test "$1" = stop || { echo "Usage: $0 {start|stop}"; exit 3; }')
+        await make("lsb", {"lsb": str(daemon)}, settings_in(daemon.parent)).stop()
 
     run(test)
 
@@ -226,13 +228,40 @@ def test_a_script_that_is_installed_later_is_noticed(daemon: Path, monkeypatch: 
     run(test)
 
 
+def test_what_is_not_installed_does_not_run_and_need_not_be_stopped(tmp_path: Path) -> None:
+    """A stop that fails would be the end of a node that only lacks a script."""
+
+    async def test() -> None:
+        for agent in (
+            make("lsb", {"lsb": "no-such-script"}, settings_in(tmp_path)),
+            make("lsb", {"lsb": "/no/such/script"}, settings_in(tmp_path)),
+            make("resource.d", {"resource.d": "no-such-script"}, settings_in(tmp_path)),
+            make("exec", {"exec": "x", "start": "/no/a", "stop": "/no/b", "monitor": "/no/c"}, settings_in(tmp_path)),
+        ):
+            assert not await agent.active()
+            with pytest.raises(AgentError, match=r"^cannot be started: there is no (script|program) "):
+                await agent.start(START)
+            await agent.stop()
+
+    run(test)
+
+
+def test_a_script_that_is_gone_while_its_service_runs_is_no_stop(daemon: Path) -> None:
+    async def test() -> None:
+        agent = lsb(daemon)
+        await agent.start(START)
+        daemon.unlink()
+        with pytest.raises(AgentError, match="No such file or directory"):
+            await agent.stop()
+
+    run(test)
+
+
 def test_a_script_that_is_not_there_is_one_clause(tmp_path: Path) -> None:
     async def test() -> None:
         agent = make("lsb", {"lsb": "/no/such/script"}, settings_in(tmp_path))
         assert agent.ready().readiness is Readiness.YES  # it may lie on a file system that is not mounted yet
-        with pytest.raises(
-            AgentError, match=r"its status cannot be started \(/no/such/script: No such file or directory\)"
-        ):
+        with pytest.raises(AgentError, match=r"^cannot be started: there is no script /no/such/script$"):
             await agent.start(START)
 
     run(test)

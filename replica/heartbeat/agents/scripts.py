@@ -67,8 +67,14 @@ class _Script(Service):
         """What its ``status`` means. Pure."""
 
     def missing(self) -> str:
-        if self._script.startswith("/") or os.access(self._path(), os.X_OK):
-            return ""  # an absolute path may lie on a file system that the group itself mounts
+        # An absolute path may lie on a file system that the group itself mounts.
+        return "" if self._script.startswith("/") else self.absent()
+
+    def absent(self) -> str:
+        if os.access(self._path(), os.X_OK):
+            return ""
+        if self._script.startswith("/"):
+            return f"there is no script {self._script}"
         return f"there is no script {self._script} in {' or '.join(map(str, self._directories))}"
 
     def _path(self) -> str:
