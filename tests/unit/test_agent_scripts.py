@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from replica.heartbeat.agents import kinds, scripts, service
+from replica.heartbeat.agents import kinds, leftovers, scripts, service
 from replica.heartbeat.agents.base import Agent, AgentError
 from replica.heartbeat.agents.scripts import judge_lsb, judge_resource_script
 from replica.heartbeat.agents.service import Result, State
@@ -307,6 +307,60 @@ def test_a_daemon_outlives_the_process_that_started_it_and_has_none_of_its_descr
     assert os.getsid(pid) != starter.pid
     open_files = {os.readlink(f"/proc/{pid}/fd/{number}") for number in os.listdir(f"/proc/{pid}/fd")}
     assert open_files == {"/dev/null"}
+
+
+# A daemon with two workers, which go on when it dies.
+_WITH_WORKERS = """
+case $1 in
+  start) setsid sh -c 'echo $$ > {0}/daemon.pid; sleep 1000 & sleep 1001 & echo up > {0}/fifo; wait' > /dev/null 2>&1 &
+         read _ < {0}/fifo ;;
+  stop) kill $(cat {0}/daemon.pid) 2>/dev/null; rm -f {0}/daemon.pid ;;
+  status) test -e {0}/daemon.pid || exit 3; grep -qs . /proc/$(cat {0}/daemon.pid)/cmdline || exit 1 ;;
+esac
+"""
+
+
+def test_what_a_killed_daemon_leaves_behind_is_ended_by_the_stop(
+    daemon: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would go on serving, and keep the port; the script knows only the process that is dead."""
+    monkeypatch.setattr(leftovers, "PID_FILES", (f"{daemon.parent}/{{0}}.pid",))
+
+    async def test() -> None:
+        os.mkfifo(daemon.parent / "fifo")
+        program(daemon, _WITH_WORKERS.format(daemon.parent))
+        agent = make("lsb", {"lsb": str(daemon)}, settings_in(daemon.parent))
+        await agent.start(START)
+        found = leftovers.find_daemon("daemon")
+        assert found is not None
+        assert leftovers.leftovers(found) == []  # it runs
+        os.kill(found.pid, signal.SIGKILL)
+        gone(found.pid)
+        workers = leftovers.leftovers(found)
+        assert len(workers) == 2
+        with pytest.raises(AgentError, match="is dead, and its PID file is left"):
+            await agent.monitor()
+        await agent.stop()
+        for worker in workers:
+            gone(worker)
+        assert f"lsb {daemon}: 2 processes were left of it, and have been ended." in caplog.text
+        assert leftovers.leftovers(found._replace(started=found.started + 1)) == []
+
+    run(test)
+
+
+def test_a_daemon_without_a_session_of_its_own_has_no_leftovers(daemon: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What else is in its session may be anything."""
+    monkeypatch.setattr(leftovers, "PID_FILES", (f"{daemon.parent}/{{0}}.pid",))
+    with subprocess.Popen(["sleep", "1000"]) as sleeper:
+        (daemon.parent / "daemon.pid").write_text(f"{sleeper.pid}\n")
+        assert leftovers.find_daemon("daemon") is None
+        sleeper.kill()
+    (daemon.parent / "daemon.pid").write_text("1\n")
+    assert leftovers.find_daemon("daemon") is None
+    (daemon.parent / "daemon.pid").write_text("what?\n")
+    assert leftovers.find_daemon("daemon") is None
+    assert leftovers.find_daemon("nobody") is None
 
 
 @pytest.mark.root
