@@ -36,6 +36,10 @@ VERBS = (
     "dump-md",
     "secret",
     "certs",
+    "cluster",
+    "standby",
+    "takeover-node",
+    "import-ha",
 )
 EXIT_FAILED = 1
 EXIT_USAGE = 2
