@@ -468,6 +468,19 @@ def test_the_directory_that_is_named_wins(ha_dir: Path, tmp_path: Path, monkeypa
     assert load_settings(None, None, "node1").groups != ()
 
 
+def test_the_sample_directory_is_valid(tmp_path: Path) -> None:
+    folder = tmp_path / "ha.d"
+    shutil.copytree(Path(__file__).parents[2] / "contrib/ha.d", folder)
+    keys = folder / "authkeys"
+    keys.write_text(keys.read_text().replace("KEY", "0123456789abcdef" * 4))
+    keys.chmod(0o600)
+    config = tmp_path / "replica.toml"
+    config.write_text(REPLICA_TOML)
+    settings = load(folder, config=config)
+    assert settings.warnings == ()
+    assert [resource.kind for resource in settings.groups[0].resources] == ["replica", "map", "mount", "ip", "lsb"]
+
+
 def test_own_addresses() -> None:
     addresses = own_addresses()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
