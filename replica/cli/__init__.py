@@ -28,6 +28,10 @@ VERBS = (
     "resume-sync",
     "map",
     "unmap",
+    "cluster",
+    "standby",
+    "takeover-node",
+    "import-ha",
     "wait-connect",
     "wait-sync",
     "role",
@@ -36,10 +40,6 @@ VERBS = (
     "dump-md",
     "secret",
     "certs",
-    "cluster",
-    "standby",
-    "takeover-node",
-    "import-ha",
 )
 EXIT_FAILED = 1
 EXIT_USAGE = 2
