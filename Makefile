@@ -12,7 +12,7 @@ PYTEST_ARGS ?=
 
 # What the tests drive the project with; all are optional: a test that lacks its program says so and is skipped.
 DEBIAN_PACKAGES := qemu-utils qemu-system-common nbdkit nbd-client nbd-server libnbd-bin python3-libnbd \
-                   fio iproute2 nftables e2fsprogs
+                   fio iproute2 nftables e2fsprogs resource-agents fence-agents
 
 # What the virtual machines take.
 VM_PACKAGES := qemu-system-x86 mmdebstrap busybox-static cpio e2fsprogs

@@ -114,9 +114,9 @@ class HaDirectory(Document):
         for key in ha_cf.heartbeat:
             self._places["heartbeat", key] = _Place(*ha_cf.places[key])
         heartbeat["on"] = self._read_paths(ha_cf)
-        if base is not None:
-            extra = ConfigFile(base.path).document.get("heartbeat", {})
-            heartbeat |= {key: extra[key] for key in TOML_KEYS if key in extra}
+        #: The TOML file beside it, as it stands there.
+        self.base_document = ConfigFile(base.path).document if base is not None else {}
+        heartbeat |= self.base_document.get("heartbeat", {})
         document: dict[str, Any] = {"heartbeat": heartbeat, "group": [group.table for group in groups]}
         for number, group in enumerate(groups):
             self._place_group(("group", element(number)), group)
@@ -167,20 +167,35 @@ class HaDirectory(Document):
         """Node → the devices that fence it."""
         fencing: dict[str, Any] = {}
         for line in lines:
-            device = _device(line)
             if line.host_from not in ("*", self.node, self.peer):
                 raise ConfigError(f"{line.where}: stonith_host: {line.host_from!r} is no node: name one of them, or *")
-            targets = [node for node in (self.node, self.peer) if node != line.host_from]
-            for node in targets:
-                devices = fencing.setdefault(node, [])
-                key = ("fencing", node, element(len(devices)))
-                self._places[key] = _Place(line.where, "stonith_host")
-                devices.append(device)
+            node, device = self._device(line)
+            if node == line.host_from:
+                raise ConfigError(
+                    f"{line.where}: stonith_host: {node} is to be switched off by itself: name the other one"
+                )
+            devices = fencing.setdefault(node, [])
+            self._places["fencing", node, element(len(devices))] = _Place(line.where, "stonith_host")
+            devices.append(device)
         if self.base is not None and self.base.heartbeat is not None:
             for node in fencing.keys() & self.base.heartbeat.fencing.keys():
                 file = ConfigFile(self.base.path)
                 raise file.error(("fencing", node), f"is there, and so is stonith_host for {node}: keep one of them")
         return fencing
+
+    def _device(self, line: Stonith) -> tuple[str, Mapping[str, Any]]:
+        """The node that it switches off, and a table of `[fencing]`."""
+        stonith = importlib.import_module("replica.heartbeat.stonith")  # when it is needed, as agents are
+        try:
+            node: str = stonith.stonith_target(line.kind, line.parameters)
+            if node not in (self.node, self.peer):
+                raise ValueError(f"switches off {node!r}, which is no node (there are {self.node}, {self.peer})")
+            device: FenceDevice = stonith.device_from_stonith(line.kind, line.parameters, node)
+        except ValueError as error:
+            raise ConfigError(f"{line.where}: stonith_host: {error}") from None
+        values, default = asdict(device), asdict(FenceDevice("", {}))
+        ours = {key: values[name] for key, (name, _) in FENCING_KEYS.items() if values[name] != default[name]}
+        return node, {**ours, **device.options}
 
     def settings(self, *, need_secret: bool = True) -> HeartbeatSettings:
         """Checked, with the key. ConfigError."""
@@ -221,16 +236,3 @@ class HaDirectory(Document):
     def cluster(self) -> str:
         """A name that both nodes agree on, and two clusters in one network don't."""
         return "-".join(sorted((self.node, self.peer)))[:_MAX_NAME]
-
-
-def _device(line: Stonith) -> Mapping[str, Any]:
-    """A table of `[fencing]`."""
-    fencing = importlib.import_module("replica.heartbeat.fencing")  # when it is needed, as agents are
-    try:
-        device: FenceDevice = fencing.device_from_stonith(line.kind, line.parameters)
-    except ValueError as error:
-        raise ConfigError(f"{line.where}: stonith_host: {error}") from None
-    values = asdict(device)
-    default = asdict(FenceDevice("", {}))
-    ours = {key: values[name] for key, (name, _) in FENCING_KEYS.items() if values[name] != default[name]}
-    return {**ours, **device.options}

@@ -20,15 +20,15 @@ async def _main(directory: Path) -> None:
     await tell()
     await agent.start(START)
     await tell()
-    processes = [path for path in Path("/proc").glob("[0-9]*/comm") if path.read_text() == "apache2\n"]
-    for path in processes:
-        os.kill(int(path.parent.name), signal.SIGKILL)
-    for path in processes:
-        gone(int(path.parent.name))
+    # Only the first process: its workers live on, and keep the port.
+    pid = int(Path("/run/apache2/apache2.pid").read_text())
+    os.kill(pid, signal.SIGKILL)
+    gone(pid)
     try:
         await agent.monitor()
     except AgentError:
         print("killed", flush=True)
+    await agent.stop()  # as a group does before it starts a resource again
     await agent.start(START)
     await tell()
     await agent.stop()

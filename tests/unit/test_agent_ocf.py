@@ -117,6 +117,28 @@ def test_a_stop_that_fails_is_an_error_whatever_the_monitor_says(scripted: Agent
     run(test)
 
 
+def test_a_stop_that_is_refused_where_it_never_ran_is_no_failure(scripted: Agent, tmp_path: Path) -> None:
+    async def test() -> None:
+        (tmp_path / "stop.ends").write_text("5")
+        await scripted.stop()
+        await scripted.start(START)
+        with pytest.raises(AgentError, match=r"^cannot be stopped: its stop returned 5 "):
+            await scripted.stop()
+
+    run(test)
+
+
+def test_what_is_not_installed_does_not_run_and_need_not_be_stopped(tmp_path: Path) -> None:
+    async def test() -> None:
+        agent = make("ocf", {"ocf": "heartbeat:no-such-agent"}, settings_in(tmp_path))
+        assert not await agent.active()
+        with pytest.raises(AgentError, match=r"^cannot be started: there is no agent "):
+            await agent.start(START)
+        await agent.stop()
+
+    run(test)
+
+
 @pytest.mark.parametrize(
     ("status", "state"),
     [

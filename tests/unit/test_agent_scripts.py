@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from replica.heartbeat.agents import kinds, scripts, service
+from replica.heartbeat.agents import kinds, leftovers, scripts, service
 from replica.heartbeat.agents.base import Agent, AgentError
 from replica.heartbeat.agents.scripts import judge_lsb, judge_resource_script
 from replica.heartbeat.agents.service import Result, State
@@ -184,6 +184,8 @@ def test_a_script_without_a_status_is_not_started(daemon: Path) -> None:
         with pytest.raises(AgentError, match="its script has no action `status`: use an exec resource"):
             await make("lsb", {"lsb": str(daemon)}, settings_in(daemon.parent)).start(START)
         assert not Path(f"{daemon}.up").exists()
+        program(daemon, 'test "$1" = stop || { echo "Usage: $0 {start|stop}"; exit 3; }')
+        await make("lsb", {"lsb": str(daemon)}, settings_in(daemon.parent)).stop()
 
     run(test)
 
@@ -226,13 +228,40 @@ def test_a_script_that_is_installed_later_is_noticed(daemon: Path, monkeypatch: 
     run(test)
 
 
+def test_what_is_not_installed_does_not_run_and_need_not_be_stopped(tmp_path: Path) -> None:
+    """A stop that fails would be the end of a node that only lacks a script."""
+
+    async def test() -> None:
+        for agent in (
+            make("lsb", {"lsb": "no-such-script"}, settings_in(tmp_path)),
+            make("lsb", {"lsb": "/no/such/script"}, settings_in(tmp_path)),
+            make("resource.d", {"resource.d": "no-such-script"}, settings_in(tmp_path)),
+            make("exec", {"exec": "x", "start": "/no/a", "stop": "/no/b", "monitor": "/no/c"}, settings_in(tmp_path)),
+        ):
+            assert not await agent.active()
+            with pytest.raises(AgentError, match=r"^cannot be started: there is no (script|program) "):
+                await agent.start(START)
+            await agent.stop()
+
+    run(test)
+
+
+def test_a_script_that_is_gone_while_its_service_runs_is_no_stop(daemon: Path) -> None:
+    async def test() -> None:
+        agent = lsb(daemon)
+        await agent.start(START)
+        daemon.unlink()
+        with pytest.raises(AgentError, match="No such file or directory"):
+            await agent.stop()
+
+    run(test)
+
+
 def test_a_script_that_is_not_there_is_one_clause(tmp_path: Path) -> None:
     async def test() -> None:
         agent = make("lsb", {"lsb": "/no/such/script"}, settings_in(tmp_path))
         assert agent.ready().readiness is Readiness.YES  # it may lie on a file system that is not mounted yet
-        with pytest.raises(
-            AgentError, match=r"its status cannot be started \(/no/such/script: No such file or directory\)"
-        ):
+        with pytest.raises(AgentError, match=r"^cannot be started: there is no script /no/such/script$"):
             await agent.start(START)
 
     run(test)
@@ -278,6 +307,60 @@ def test_a_daemon_outlives_the_process_that_started_it_and_has_none_of_its_descr
     assert os.getsid(pid) != starter.pid
     open_files = {os.readlink(f"/proc/{pid}/fd/{number}") for number in os.listdir(f"/proc/{pid}/fd")}
     assert open_files == {"/dev/null"}
+
+
+# A daemon with two workers, which go on when it dies.
+_WITH_WORKERS = """
+case $1 in
+  start) setsid sh -c 'echo $$ > {0}/daemon.pid; sleep 1000 & sleep 1001 & echo up > {0}/fifo; wait' > /dev/null 2>&1 &
+         read _ < {0}/fifo ;;
+  stop) kill $(cat {0}/daemon.pid) 2>/dev/null; rm -f {0}/daemon.pid ;;
+  status) test -e {0}/daemon.pid || exit 3; grep -qs . /proc/$(cat {0}/daemon.pid)/cmdline || exit 1 ;;
+esac
+"""
+
+
+def test_what_a_killed_daemon_leaves_behind_is_ended_by_the_stop(
+    daemon: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would go on serving, and keep the port; the script knows only the process that is dead."""
+    monkeypatch.setattr(leftovers, "PID_FILES", (f"{daemon.parent}/{{0}}.pid",))
+
+    async def test() -> None:
+        os.mkfifo(daemon.parent / "fifo")
+        program(daemon, _WITH_WORKERS.format(daemon.parent))
+        agent = make("lsb", {"lsb": str(daemon)}, settings_in(daemon.parent))
+        await agent.start(START)
+        found = leftovers.find_daemon("daemon")
+        assert found is not None
+        assert leftovers.leftovers(found) == []  # it runs
+        os.kill(found.pid, signal.SIGKILL)
+        gone(found.pid)
+        workers = leftovers.leftovers(found)
+        assert len(workers) == 2
+        with pytest.raises(AgentError, match="is dead, and its PID file is left"):
+            await agent.monitor()
+        await agent.stop()
+        for worker in workers:
+            gone(worker)
+        assert f"lsb {daemon}: 2 processes were left of it, and have been ended." in caplog.text
+        assert leftovers.leftovers(found._replace(started=found.started + 1)) == []
+
+    run(test)
+
+
+def test_a_daemon_without_a_session_of_its_own_has_no_leftovers(daemon: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What else is in its session may be anything."""
+    monkeypatch.setattr(leftovers, "PID_FILES", (f"{daemon.parent}/{{0}}.pid",))
+    with subprocess.Popen(["sleep", "1000"]) as sleeper:
+        (daemon.parent / "daemon.pid").write_text(f"{sleeper.pid}\n")
+        assert leftovers.find_daemon("daemon") is None
+        sleeper.kill()
+    (daemon.parent / "daemon.pid").write_text("1\n")
+    assert leftovers.find_daemon("daemon") is None
+    (daemon.parent / "daemon.pid").write_text("what?\n")
+    assert leftovers.find_daemon("daemon") is None
+    assert leftovers.find_daemon("nobody") is None
 
 
 @pytest.mark.root

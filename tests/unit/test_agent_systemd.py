@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from replica.heartbeat.agents import service
+from replica.heartbeat.agents import service, systemd
 from replica.heartbeat.agents.base import Agent, AgentError
 from replica.heartbeat.agents.service import State
 from replica.heartbeat.agents.systemd import judge
@@ -34,6 +34,7 @@ def unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Agent:
     program(tmp_path / "systemctl", _SYSTEMCTL.format(tmp_path))
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(service, "SETTLE_S", 0.3)
+    monkeypatch.setattr(systemd, "BOOTED", tmp_path)
     return make("systemd", {"systemd": "web"}, settings_in(tmp_path))
 
 
@@ -115,10 +116,26 @@ def test_a_unit_that_systemd_starts_at_boot_draws_one_warning(
     run(test)
 
 
-def test_without_systemd_its_state_is_unknown(unit: Agent, tmp_path: Path) -> None:
+def test_where_systemd_does_not_run_no_unit_does(unit: Agent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(systemd, "BOOTED", tmp_path / "nothing")
+
     async def test() -> None:
-        program(tmp_path / "systemctl", 'echo "System has not been booted with systemd as init system"; exit 1')
-        with pytest.raises(AgentError, match="has an unknown status: systemctl returned 1: System has not been booted"):
+        assert not await unit.active()
+        await unit.stop()
+        with pytest.raises(AgentError, match="cannot be started: this node was not booted with systemd"):
+            await unit.start(START)
+        assert make("systemd", {"systemd": "web"}, settings_in(tmp_path)).ready().why == (
+            "this node was not booted with systemd"
+        )
+        assert not (tmp_path / "calls").exists()
+
+    run(test)
+
+
+def test_when_systemd_does_not_answer_the_state_is_unknown(unit: Agent, tmp_path: Path) -> None:
+    async def test() -> None:
+        program(tmp_path / "systemctl", 'echo "Failed to get properties: Connection timed out"; exit 1')
+        with pytest.raises(AgentError, match="has an unknown status: systemctl returned 1: Failed to get properties"):
             await unit.active()
         with pytest.raises(AgentError):
             await unit.stop()

@@ -1,6 +1,7 @@
 """The configuration file: what it means, and that every mistake is named with file, line and key."""
 
 import os
+import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,13 @@ import pytest
 
 from replica import config_values
 from replica.config import ConfigError, Listen, load_config
+from replica.heartbeat.settings import Timing
 from replica.hooks import Event, HookSettings
 from replica.split_brain import CASES, CHOICES, Policies, Policy
 from replica.toml_lines import find_line, key_lines, path_text
+from tests.unit.heartbeat_kinds import agents
+
+__all__ = ["agents"]
 
 GOOD = """\
 [cluster]
@@ -202,6 +207,7 @@ MISTAKES = [
     ('address = "192.168.2.44"', 'address = "1.2.3.4:7"', 8, "node.node1.address", "without a port"),
     ('address = "192.168.2.44"', 'address = "a b"', 8, "node.node1.address", "an IP address or a host name"),
     ('address = "192.168.2.44"', "", 7, "node.node1.address", "is missing"),
+    ("[resource.r0]", "[resource.heartbeat]", 12, "resource.heartbeat", "is the name of the cluster manager's"),
     ("[resource.r0]", "[[group]]\n[resource.r0]", 12, "group[1].name", "is missing"),
     ("[resource.r0]", "[arbiter]\n[resource.r0]", 12, "arbiter", "is not supported by this version yet"),
     ("[resource.r0]", "[hooks]\ntimeout = 46\n[resource.r0]", 13, "hooks.timeout", "from 0.1 to 45, not 46"),
@@ -426,12 +432,13 @@ def test_the_secret_is_not_shown(write: Callable[[str], Path]) -> None:
     assert "kkkk" not in repr(load_config(write(GOOD), "node1"))
 
 
+@pytest.mark.usefixtures("agents")
 def test_the_sample_file_is_valid(tmp_path: Path) -> None:
     sample = Path(__file__).parents[2] / "contrib/replica.toml"
     plain = load_config(sample, "node1", need_secret=False)
     # The keys it shows as comments are the defaults: uncommenting them must change nothing but the rate, TLS and hooks.
     text = sample.read_text().splitlines()
-    lines = [line[1:] if line.startswith("#[") or (line.startswith("#") and " = " in line) else line for line in text]
+    lines = [line[1:] if re.match(r"#[\[\]]|#.* = ", line) else line for line in text]
     full = tmp_path / "full.toml"
     full.write_text("\n".join(lines).replace("cluster.key", str(sample.parent / "cluster.key")))
     shown = load_config(full, "node1", need_secret=False)
@@ -443,6 +450,17 @@ def test_the_sample_file_is_valid(tmp_path: Path) -> None:
     }
     assert shown.resource().hooks.timeout_s == plain.resource().hooks.timeout_s
     assert shown.resource().hooks.commands
+    assert plain.heartbeat is None
+    assert shown.heartbeat is not None
+    assert shown.heartbeat.timing == Timing()
+    assert [resource.kind for resource in shown.heartbeat.groups[0].resources] == [
+        "replica",
+        "map",
+        "mount",
+        "ip",
+        "systemd",
+    ]
+    assert list(shown.heartbeat.fencing) == ["node1", "node2"]
 
 
 @pytest.mark.parametrize(

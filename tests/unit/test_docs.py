@@ -1,14 +1,23 @@
 """The documents against the code: what can be compared is compared."""
 
+import dataclasses
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nbdserver import constants
 from replica import config, wire
 from replica.cli import VERBS
+from replica.heartbeat.agents.kinds import MODULES
+from replica.heartbeat.fencing_sections import FENCING_KEYS
+from replica.heartbeat.group_sections import GROUP_LIMITS, RESOURCE_TIMES
+from replica.heartbeat.ha_cf import DIRECTIVES
+from replica.heartbeat.sections import HEARTBEAT_KEYS
+from replica.heartbeat.settings import FenceDevice, GroupSettings, ResourceSettings
+from replica.heartbeat.tools import SUB_COMMANDS
 from replica.hooks import DEFAULT_TIMEOUT_S, Event, environment
 from replica.states import tables_as_markdown
 from tests.sim.canaries import CANARIES
@@ -42,6 +51,71 @@ def test_configuration_has_the_default_of(key: str) -> None:
         assert text == "unlimited"
     else:
         assert setting.parse(tomllib.loads(f"value = {text.strip('`')}")["value"]) == setting.default
+
+
+def _heartbeat_rows(section: str, table: int = 0) -> dict[str, str]:
+    """First and second cells of one of the section's tables that are compared."""
+    text = (DOCS / "heartbeat.md").read_text().partition(f"\n{section}\n")[2].partition("\n## ")[0]
+    block = re.split(r"<!-- The test .* -->\n\n", text)[table + 1].partition("\n\n")[0]
+    return {cells[0]: cells[1] for line in block.splitlines()[2:] if (cells := _cells(line))}
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+def test_heartbeat_has_every_key_with_its_default() -> None:
+    rows = _heartbeat_rows("## `[heartbeat]`")
+    assert [key.strip("`") for key in rows] == list(HEARTBEAT_KEYS)
+    for key, setting in HEARTBEAT_KEYS.items():
+        if setting.default is not None:
+            text = rows[f"`{key}`"].strip("`")
+            assert setting.parse(tomllib.loads(f"value = {text}")["value"]) == setting.default, key
+
+
+def test_heartbeat_says_which_keys_a_node_may_have_of_its_own() -> None:
+    text = (DOCS / "heartbeat.md").read_text()
+    own = re.findall(r"^\| `([\w-]+)` \| [^|]+ \| \*own\*;", text, re.MULTILINE)
+    assert own == [key for key, setting in HEARTBEAT_KEYS.items() if setting.per_node]
+
+
+@pytest.mark.parametrize(
+    ("section", "table", "keys", "defaults"),
+    [
+        ("## `[[group]]`", 0, GROUP_LIMITS, GroupSettings),
+        ("## `[[group]]`", 1, RESOURCE_TIMES, ResourceSettings),
+        ("## Fencing", 0, FENCING_KEYS, FenceDevice),
+    ],
+)
+def test_heartbeat_has_the_other_keys(section: str, table: int, keys: dict[str, Any], defaults: type) -> None:
+    rows = {key.strip("`"): default for key, default in _heartbeat_rows(section, table).items()}
+    rows = {key: default for key, default in rows.items() if key not in ("name", "preferred", "resources")}
+    assert rows.keys() == keys.keys()
+    fields = {field.name: field.default for field in dataclasses.fields(defaults)}
+    for key, (field, _) in keys.items():
+        if fields[field] is dataclasses.MISSING:
+            assert rows[key] == "required"
+        else:
+            assert tomllib.loads(f"value = {rows[key].strip('`')}")["value"] == fields[field]
+
+
+def test_heartbeat_has_every_kind_of_resource() -> None:
+    section = (DOCS / "heartbeat.md").read_text().partition("| Kind |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `([^`]+)`", section, re.MULTILINE) == list(MODULES)
+
+
+def test_heartbeat_has_every_directive_and_what_becomes_of_it() -> None:
+    rows = _heartbeat_rows("### `ha.cf`")
+    documented = {name: what for names, what in rows.items() for name in re.findall(r"`([\w]+)`", names)}
+    assert documented.keys() == DIRECTIVES.keys()
+    for name, directive in DIRECTIVES.items():
+        assert documented[name].startswith("no effect, with a warning") is bool(directive.ignored), name
+        assert documented[name].startswith("refused") is bool(directive.refused), name
+
+
+def test_heartbeat_has_every_sub_command_of_cl_status() -> None:
+    text = (DOCS / "heartbeat.md").read_text()
+    assert [name for name in SUB_COMMANDS if not re.search(rf"`{name}[` ]", text)] == []
 
 
 def test_configuration_names_every_hook() -> None:

@@ -311,6 +311,31 @@ def test_devices_are_made_for_the_file_systems_on_them(write: Callable[..., Path
     assert (resources[5].options["type"], resources[5].options["options"]) != (None, None)
 
 
+def test_devices_that_switch_nodes_off(write: Callable[..., Path], tmp_path: Path) -> None:
+    pytest.importorskip("replica.heartbeat.stonith", reason="the plug-ins of stonith_host are not known yet")
+    line = "stonith_host * external/ipmi node2 10.0.0.9 admin secret lanplus\n"
+    settings = load(write(HA_CF + line))
+    (device,) = settings.fencing["node2"]
+    assert (device.agent, device.options["ip"], device.where.rpartition("/")[2]) == (
+        "fence_ipmilan",
+        "10.0.0.9",
+        "ha.cf:5",
+    )
+    assert "node1" not in settings.fencing
+    for bad, problem in (
+        (line.replace("* ", "node2 "), "node2 is to be switched off by itself"),
+        (line.replace("* ", "node3 "), "'node3' is no node"),
+        (line.replace("ipmi node2", "ipmi node3"), "switches off 'node3', which is no node"),
+        ("stonith_host * null node2\n", "null does nothing"),
+    ):
+        folder = write(HA_CF + bad)
+        assert error_of(folder).startswith(f"{folder}/ha.cf:5: stonith_host: {problem}")
+    config = tmp_path / "replica.toml"
+    config.write_text(REPLICA_TOML + '[fencing.node2]\nagent = "fence_x"\n')
+    problem = "fencing.node2: is there, and so is stonith_host for node2: keep one of them"
+    assert error_of(write(HA_CF + line), config) == f"{config}:14: {problem}"
+
+
 # ── what is refused ───────────────────────────────────────────────────────────────────────────────────────────────
 
 MISTAKES_IN_HA_CF = [
@@ -441,6 +466,19 @@ def test_the_directory_that_is_named_wins(ha_dir: Path, tmp_path: Path, monkeypa
     monkeypatch.setenv("REPLICA_HA_DIR", str(ha_dir))
     assert load_settings(config, None, "node1").promote_without_fencing
     assert load_settings(None, None, "node1").groups != ()
+
+
+def test_the_sample_directory_is_valid(tmp_path: Path) -> None:
+    folder = tmp_path / "ha.d"
+    shutil.copytree(Path(__file__).parents[2] / "contrib/ha.d", folder)
+    keys = folder / "authkeys"
+    keys.write_text(keys.read_text().replace("KEY", "0123456789abcdef" * 4))
+    keys.chmod(0o600)
+    config = tmp_path / "replica.toml"
+    config.write_text(REPLICA_TOML)
+    settings = load(folder, config=config)
+    assert settings.warnings == ()
+    assert [resource.kind for resource in settings.groups[0].resources] == ["replica", "map", "mount", "ip", "lsb"]
 
 
 def test_own_addresses() -> None:

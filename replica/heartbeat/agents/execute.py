@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -60,6 +61,14 @@ class ExecuteAgent(Service):
             return Seen(State.STOPPED, problem)
         known_by_note_alone = self._monitor is None and noted == _STARTED
         return Seen(State.RUNNING) if known_by_note_alone else Seen(State.BROKEN, problem)
+
+    def missing(self) -> str:
+        return ""  # they may lie on a file system that the group itself mounts
+
+    def absent(self) -> str:
+        needed = (self._start, self._stop, *((self._monitor,) if self._monitor is not None else ()))
+        lacking = [program for program, *_ in needed if not os.access(program, os.X_OK)]
+        return f"there is no program {lacking[0]}" if lacking and not self._noted() else ""
 
     def _note(self, what: str) -> None:
         self._note_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

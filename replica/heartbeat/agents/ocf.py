@@ -59,10 +59,12 @@ class OcfAgent(Service):
         self._path = f"{OCF_ROOT}/resource.d/{self._provider}/{self._type}"
         super().__init__(settings, surroundings)
 
-    async def run_start(self) -> None:
+    async def check_start(self) -> None:
         checked = await self._run("validate-all", self.settings.start_timeout_s)
         if checked.status in _REFUSALS:
             raise AgentError(f"cannot be started: validate-all {_said(checked)}")
+
+    async def run_start(self) -> None:
         result = await self._run("start", self.settings.start_timeout_s)
         if result.status != Exit.SUCCESS:
             raise AgentError(f"cannot be started: its start {_said(result)}")
@@ -71,8 +73,12 @@ class OcfAgent(Service):
         # An agent's stop of what is stopped succeeds. One that fails leaves it open what still runs, whatever its
         # monitor says.
         result = await self._run("stop", self.settings.stop_timeout_s)
-        if result.status != Exit.SUCCESS:
+        if result.status == Exit.SUCCESS:
+            return
+        never_ran = result.status in _REFUSALS and not self.ran and (await self.look(probe=True)).state is State.STOPPED
+        if not never_ran:
             raise AgentError(f"cannot be stopped: its stop {_said(result)}")
+        log.warning("%s: its stop %s, but it does not run.", self.settings.name, _said(result))
 
     async def look(self, *, probe: bool) -> Seen:
         # An interval of 0 is what tells a probe from a monitor (ocf_is_probe): there, what is missing is no failure.
@@ -81,6 +87,9 @@ class OcfAgent(Service):
         return judge(result)
 
     def missing(self) -> str:
+        return self.absent()
+
+    def absent(self) -> str:
         if os.access(self._path, os.X_OK):
             return ""
         return f"there is no agent {self._path} (Debian's are in the package resource-agents)"

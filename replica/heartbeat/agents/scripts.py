@@ -5,6 +5,7 @@ resource script is called, and its words are judged, as Heartbeat's ResourceMana
 """
 
 import abc
+import asyncio
 import logging
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from replica.heartbeat.agents.base import AgentError, Kind, Option, Surroundings
+from replica.heartbeat.agents.leftovers import Daemon, end_leftovers, find_daemon
 from replica.heartbeat.agents.service import Result, Seen, Service, State
 from replica.heartbeat.settings import ResourceSettings
 
@@ -43,6 +45,8 @@ class _Script(Service):
         self._script = script
         self._arguments = tuple(arguments)
         self._directories = tuple(directories)
+        #: Its first process when it was last seen to run.
+        self._daemon: Daemon | None = None
         super().__init__(settings, surroundings)
 
     async def run_start(self) -> None:
@@ -52,6 +56,7 @@ class _Script(Service):
 
     async def run_stop(self) -> None:
         result = await self._run("stop")
+        await self._end_leftovers()
         if result.status == 0:
             return
         # Many scripts fail when there is nothing to stop, which the LSB forbids.
@@ -60,15 +65,32 @@ class _Script(Service):
         log.warning("%s: its stop %s, but it does not run any more.", self.settings.name, result.problem)
 
     async def look(self, *, probe: bool) -> Seen:
-        return self.judge(await self._run("status", quiet=True))
+        seen = self.judge(await self._run("status", quiet=True))
+        if seen.state is State.RUNNING:
+            self._daemon = await asyncio.to_thread(find_daemon, Path(self._script).name)
+        return seen
+
+    async def _end_leftovers(self) -> None:
+        """A script that has lost its daemon's first process does not stop the others."""
+        if self._daemon is None:
+            return
+        count = await asyncio.to_thread(end_leftovers, self._daemon)
+        if count:
+            log.warning("%s: %d processes were left of it, and have been ended.", self.settings.name, count)
 
     @abc.abstractmethod
     def judge(self, result: Result) -> Seen:
         """What its ``status`` means. Pure."""
 
     def missing(self) -> str:
-        if self._script.startswith("/") or os.access(self._path(), os.X_OK):
-            return ""  # an absolute path may lie on a file system that the group itself mounts
+        # An absolute path may lie on a file system that the group itself mounts.
+        return "" if self._script.startswith("/") else self.absent()
+
+    def absent(self) -> str:
+        if os.access(self._path(), os.X_OK):
+            return ""
+        if self._script.startswith("/"):
+            return f"there is no script {self._script}"
         return f"there is no script {self._script} in {' or '.join(map(str, self._directories))}"
 
     def _path(self) -> str:

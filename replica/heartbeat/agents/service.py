@@ -72,6 +72,10 @@ class Service(abc.ABC):
     def __init__(self, settings: ResourceSettings, surroundings: Surroundings) -> None:
         self.settings = settings
         self.surroundings = surroundings
+        #: It was started here, or seen to run: from then on nothing less than its own status says that it is stopped.
+        #: Before that, what is misconfigured or not installed must not look like a stop that fails: that is the end of
+        #: a node.
+        self.ran = False
         self._presence = Presence(self.missing, surroundings.changed)
 
     # ── what each kind has of its own ────────────────────────────────────────────────────────────────────────────
@@ -79,6 +83,9 @@ class Service(abc.ABC):
     @abc.abstractmethod
     async def look(self, *, probe: bool) -> Seen:
         """Whether it runs; with `probe`, asked of a node where it need not run."""
+
+    async def check_start(self) -> None:  # noqa: B027
+        """Refuse a start that cannot succeed; AgentError."""
 
     @abc.abstractmethod
     async def run_start(self) -> None:
@@ -88,28 +95,45 @@ class Service(abc.ABC):
     async def run_stop(self) -> None:
         """Stop it; AgentError. What has no effect may still end well: `look` is asked afterwards."""
 
+    @abc.abstractmethod
     def missing(self) -> str:
-        """What this node lacks, as the end of a sentence; "" if nothing. May block: called in a thread."""
-        return ""
+        """What this node lacks to get the resource, as the end of a sentence; "" if nothing. May block (a thread)."""
+
+    @abc.abstractmethod
+    def absent(self) -> str:
+        """Without what it can neither be started nor stopped, as the end of a sentence: more than `missing`, since it
+        is asked when everything before the resource runs. May block (a thread).
+        """
 
     # ── the agent ────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def start(self, start: Start) -> None:
-        seen = await self.look(probe=True)
+        absent = await asyncio.to_thread(self.absent)
+        if absent:
+            raise AgentError(f"cannot be started: {absent}")
+        seen = await self._look()
         if seen.state is State.RUNNING:
             return
         if seen.state is State.UNKNOWN:
             raise AgentError(seen.said)  # nobody would know whether its start or its stop had an effect
+        await self.check_start()
+        self.ran = True
         await self.run_start()
         seen = await self._settled(State.RUNNING)
         if seen.state is not State.RUNNING:
             raise AgentError(f"{seen.said or 'does not run'}, although its start ended well")
 
     async def stop(self) -> None:
+        absent = await asyncio.to_thread(self.absent)
+        if absent and not self.ran:
+            return
         await self.run_stop()
         seen = await self._settled(State.STOPPED)
-        if seen.state is not State.STOPPED:
+        if seen.state is State.UNKNOWN and not self.ran:
+            log.warning("%s: taken for stopped, since its stop ended well: %s.", self.settings.name, seen.said)
+        elif seen.state is not State.STOPPED:
             raise AgentError(f"{seen.said or 'still runs'}, although its stop ended well")
+        self.ran = False
 
     async def monitor(self) -> None:
         seen = await self.look(probe=False)
@@ -117,7 +141,9 @@ class Service(abc.ABC):
             raise AgentError(seen.said)
 
     async def active(self) -> bool:
-        seen = await self.look(probe=True)
+        if await asyncio.to_thread(self.absent):
+            return False
+        seen = await self._look()
         if seen.state is State.UNKNOWN:
             raise AgentError(seen.said)
         return seen.state is not State.STOPPED
@@ -156,6 +182,11 @@ class Service(abc.ABC):
         if ended.problem:
             log.log(level, "%s: its %s %s.", name, what, ended.problem)
         return result
+
+    async def _look(self) -> Seen:
+        seen = await self.look(probe=True)
+        self.ran = self.ran or seen.state in (State.RUNNING, State.BROKEN)
+        return seen
 
     async def _settled(self, wanted: State) -> Seen:
         """What a status says once it is `wanted`, or after `SETTLE_S`."""

@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from replica.heartbeat.agents.base import AgentError, Kind, Option, Surroundings
@@ -10,6 +11,9 @@ from replica.heartbeat.agents.service import Seen, Service, State
 from replica.heartbeat.settings import ResourceSettings
 
 log = logging.getLogger("replica.heartbeat.agents")
+
+#: sd_booted(3): whether systemd is the init system.
+BOOTED: Final = Path("/run/systemd/system")
 
 _UNIT = re.compile(r"[A-Za-z0-9:_.\\@-]+", re.ASCII)
 _SUFFIXES: Final = ("service", "socket", "mount", "automount", "swap", "target", "path", "timer", "slice", "scope")
@@ -29,11 +33,12 @@ class SystemdAgent(Service):
         self._warned = False
         super().__init__(settings, surroundings)
 
-    async def run_start(self) -> None:
-        properties = await self._show()
-        problem = unusable(self._unit, properties)
+    async def check_start(self) -> None:
+        problem = unusable(self._unit, await self._show())
         if problem:
             raise AgentError(f"cannot be started: {problem}")
+
+    async def run_start(self) -> None:
         result = await self.execute("start", ("systemctl", "start", self._unit))
         if result.status != 0:
             raise AgentError(f"cannot be started: systemctl {result.said}")
@@ -55,6 +60,12 @@ class SystemdAgent(Service):
                 self._unit,
             )
         return judge(properties)
+
+    def missing(self) -> str:
+        return self.absent()
+
+    def absent(self) -> str:
+        return "" if BOOTED.is_dir() else "this node was not booted with systemd"
 
     async def _show(self) -> dict[str, str]:
         options = [f"--property={name}" for name in _PROPERTIES]

@@ -13,17 +13,17 @@ MOST_SEEDS: Final = 150
 CANARIES: Final = (
     Canary(
         "no-release",
-        "a group is started before the other node has let go",
+        "a group is given away before it is stopped, and started before the other node has let go",
         f"{_DECIDE}:_Case._start",
         "if self._released:",
         "if True:",
-    ),
-    Canary(
-        "any-release",
-        "that the other node holds nothing counts under whatever claim it says so",
-        f"{_DECIDE}:_Case._start",
-        "if self._released:",
-        "if self.theirs is not None and self.theirs.status.holds_nothing:",
+        more=(
+            (
+                f"{_DECIDE}:_Case._as_owner",
+                'return self._do("is being stopped")',
+                'return self._hand_over("is being stopped") if self._peer_could else self._do("is being stopped")',
+            ),
+        ),
     ),
     Canary(
         "no-consent",
