@@ -6,7 +6,7 @@ import logging
 from typing import Any, Final
 
 from replica.config_values import name as parse_name
-from replica.control import NotRunning
+from replica.control import NotRunning, WentAway
 from replica.errors import ReplicaError
 from replica.heartbeat import clock
 from replica.heartbeat.agents.base import AgentError, Kind, Option, Start, Surroundings
@@ -119,7 +119,7 @@ class ReplicatedAgent:
         """
         try:
             problem = trouble(await self._replicad.ask_status())
-        except NotRunning:
+        except (NotRunning, WentAway):
             problem = ENDED
         except TimeoutError:
             raise AgentError(f"does not answer: replicad {self._name} hangs for {ANSWER_TIMEOUT_S:g} s") from None
