@@ -47,8 +47,8 @@ class NotRunning(ControlError):
     """No daemon serves this control socket."""
 
 
-class WentAway(ControlError):
-    """The daemon ended before it gave its final answer."""
+class WentAway(NotRunning):
+    """The daemon has ended before it answered: whether it has done what it was asked is not known."""
 
 
 class ControlTimeout(ControlError):
@@ -348,6 +348,6 @@ def answer(message: Any, path: Path) -> Any:
     raise ControlError(f"{_served_by(path)} gave an answer of an unknown form: see its log")
 
 
-def gone_away(path: Path, verb: str) -> "WentAway":
-    """The daemon has closed the connection, and this is why it has not answered."""
+def gone_away(path: Path, verb: str) -> WentAway:
+    """The daemon has closed the connection without an answer."""
     return WentAway(f"{_served_by(path)} went away before it answered {verb}: see its log")
