@@ -560,7 +560,7 @@ def test_the_commands_ask_the_daemon_when_it_runs(bench: Bench, short_dir: Path)
 def test_the_commands_from_the_command_line(
     bench: Bench, make_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("replica.heartbeat.toml", reason="the reader of [heartbeat] is not here yet")
+    pytest.importorskip("replica.cli._cluster", reason="the reader of [heartbeat] is not here yet")
     extra = (
         '[heartbeat]\n[[group]]\nname = "web"\npreferred = "node1"\n'
         'resources = [{ lsb = "web" }]\n'
