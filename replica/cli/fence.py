@@ -32,7 +32,7 @@ def fence(settings: HeartbeatSettings, node: str, *, done: bool) -> str:
 
 async def _fence(settings: HeartbeatSettings, node: str) -> str:
     fencer = Fencer(settings)
-    fenced = await fencer.fence(node, why="an operator asked for it")
+    fenced = await fencer.fence(node, why="an operator asked for it", delayed=False)
     await fencer.settled()
     if not fenced.ok:
         raise ReplicaError(fenced.sentence)

@@ -253,6 +253,10 @@ def test_a_delay_is_waited_before_the_device_is_used(bench: Bench, caplog: pytes
         run(test)
 
 
+def test_what_an_operator_asks_for_is_not_delayed(bench: Bench) -> None:
+    assert fence(bench.settings(bench.device(delay_s=1000.0)), "node2", done=False).startswith("node2 is fenced")
+
+
 def test_what_has_begun_is_carried_through_whoever_still_waits(bench: Bench) -> None:
     async def test() -> None:
         os.mkfifo(bench.directory / "fifo")
