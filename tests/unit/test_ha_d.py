@@ -344,7 +344,7 @@ MISTAKES_IN_HA_CF = [
     ("deadtime 5", "deadtime 5h", "4: deadtime: must be seconds such as"),
     ("deadtime 5", "deadtime", '4: deadtime: says too little: write "deadtime 5"'),
     ("deadtime 5", "keepalive 1\ndeadtime 2", "5: deadtime: must be more than twice keepalive (1 s), not 2 s"),
-    ("deadtime 5", "keepalive 15", "4: keepalive: must be less than half of deadtime (30 s), not 15 s"),
+    ("deadtime 5", "keepalive 15", "deadtime: must be more than twice keepalive (15 s), not 30 s"),
     ("deadtime 5", "deadtime 5\ndeadtime 6", "5: deadtime: is there already ("),
     ("deadtime 5", "serial /dev/ttyS0", "4: serial: serial lines are not supported: name a second network path"),
     ("deadtime 5", "crm respawn", "4: crm: Pacemaker has a cluster manager of its own"),
