@@ -8,19 +8,17 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from replica import config_values as values
 from replica.config_file import ConfigError, ConfigFile, Document, Table, suggestion
 from replica.config_tls import Tls, link_tls, nbd_tls
-from replica.config_values import Listen, NbdTls, TlsPaths
+from replica.config_values import CLUSTER_MANAGER_STEM, Listen, NbdTls, TlsPaths
+from replica.heartbeat.sections import SECTIONS, Members, Sections, read_sections
 from replica.hooks import MAX_TIMEOUT_S, MIN_TIMEOUT_S, Event, HookSettings
 from replica.private_file import read_private_file
 from replica.split_brain import Policies
 from replica.toml_lines import KeyPath
-
-if TYPE_CHECKING:
-    from replica.heartbeat.sections import Sections
 
 __all__ = ["Cluster", "Config", "ConfigError", "Listen", "Node", "Resource", "ResourceSide", "load_config"]
 
@@ -30,9 +28,7 @@ DEFAULT_RUN_DIR = "/run/replica"
 MIN_SECRET_BYTES = 16
 _MAX_SECRET_BYTES = 4096
 _NODES = 2
-_HEARTBEAT_SECTIONS = ("heartbeat", "group", "fencing")
 _RESERVED_SECTIONS = ("arbiter",)
-_HEARTBEAT_SOCKET = "heartbeat"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +100,7 @@ class Config:
     #: Whether this machine is `node`. It is not where only a client runs, and `node` is then one of the two.
     is_member: bool = True
     tls: Tls | None = None  # of the peer link; None: off
-    heartbeat: "Sections | None" = None  # of the cluster manager; None: the file has no such sections
+    heartbeat: Sections | None = None  # of the cluster manager; None: the file has no such sections
 
     def resource(self, name: str | None = None) -> Resource:
         """The resource ``name``, or the only one when ``name`` is None; raises `ConfigError`."""
@@ -189,7 +185,7 @@ def load_config(
     """
     file = ConfigFile(Path(path or os.environ.get("REPLICA_CONFIG") or DEFAULT_PATH).absolute())
     top = file.table((), file.document)
-    top.check_keys(("cluster", "node", "resource", "hooks", *_HEARTBEAT_SECTIONS), reserved=_RESERVED_SECTIONS)
+    top.check_keys(("cluster", "node", "resource", "hooks", *SECTIONS), reserved=_RESERVED_SECTIONS)
     nodes = _read_nodes(file, top)
     is_member = not may_be_client or _node_name(node) in nodes or node is not None
     here = _this_node(file, node, nodes) if is_member else next(iter(nodes.values()))
@@ -207,14 +203,11 @@ def load_config(
 
 def _read_resources(top: Table, here: Node, peer: Node, hooks: HookSettings) -> dict[str, Resource]:
     """At least one, unless the file is there for the cluster manager alone."""
-    alone = any(section in top.items for section in _HEARTBEAT_SECTIONS)
+    alone = any(section in top.items for section in SECTIONS)
     wanted = "describe at least one resource in [resource.NAME]"
     if alone and "resource" not in top.items:
         return {}
     table = top.subtable("resource", wanted)
-    if _HEARTBEAT_SOCKET in table.items:
-        problem = "is the name of the cluster manager's control socket: choose another one for the resource"
-        raise table.file.error((*table.key, _HEARTBEAT_SOCKET), problem)
     resources = {name: _read_resource(table.subtable(name), here, peer, hooks) for name in table.items}
     if not resources and not alone:
         raise table.error(f"is empty: {wanted}")
@@ -223,12 +216,10 @@ def _read_resources(top: Table, here: Node, peer: Node, hooks: HookSettings) -> 
 
 def _read_heartbeat(
     file: ConfigFile, top: Table, here: Node, peer: Node, resources: Mapping[str, Resource]
-) -> "Sections | None":
+) -> Sections | None:
     """What is wrong there is refused by all programs: it must not show only when a node fails."""
-    if not any(section in top.items for section in _HEARTBEAT_SECTIONS):
+    if not any(section in top.items for section in SECTIONS):
         return None
-
-    from replica.heartbeat.sections import Members, read_sections  # most files have none
 
     def is_own(address: str) -> bool:
         return address == here.address
@@ -315,6 +306,8 @@ def _with_tls(file: ConfigFile, resource: Resource, read: bool) -> Resource:
 def _read_resource(table: Table, here: Node, peer: Node, hooks: HookSettings) -> Resource:
     name = table.key[-1]
     _check_name(table.file, table.key, name)
+    if name == CLUSTER_MANAGER_STEM:
+        raise table.file.error(table.key, "this name is kept for the cluster manager: choose another one")
     common = _read_settings(table, of_node=False)
     overrides: dict[str, dict[str, Any]] = {}
     if "on" in table.items:

@@ -17,6 +17,9 @@ _SIZE_SHIFTS = {None: 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50}
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", re.ASCII)
 _HOST = re.compile(r"[A-Za-z0-9_.:%-]+", re.ASCII)
 _MAX_PORT = 65535
+#: The cluster manager has a control socket beside those of the resources, by this name.
+CLUSTER_MANAGER = "replica-heartbeat"
+CLUSTER_MANAGER_STEM = "heartbeat"
 # struct sockaddr_un has room for 108 bytes, one of them the final zero
 MAX_UNIX_PATH_BYTES = 107
 

@@ -28,6 +28,7 @@ from replica.heartbeat.values import interface as interface_name
 from replica.heartbeat.values import ip_address, ip_addresses, tables
 from replica.heartbeat.values import table as a_table
 
+SECTIONS: Final = ("heartbeat", "group", "fencing")
 FACILITIES: Final = (
     *("auth", "authpriv", "cron", "daemon", "ftp", "kern", "lpr", "mail", "news", "syslog", "user", "uucp"),
     *(f"local{number}" for number in range(8)),
