@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.hosts.host import loop_backing
 from tests.hosts.lab import Lab, need_hosts
 from tests.hosts.namespace import all_identities
 
@@ -17,11 +18,8 @@ def _left_behind(lab: Lab) -> list[str]:
     left = [f"process {pid}" for pid, identities in all_identities().items() if identities & lab.identities]
     left += [f"interface {name}" for name in os.listdir("/sys/class/net") if name.partition(".")[0] in lab.hosts]
     left += [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(lab.folder) in line]
+    left += [device for device, backing in lab.loop_devices if loop_backing(device) == backing]
     return left + ([str(lab.folder)] if lab.folder.exists() else [])
-
-
-def _loop_devices() -> set[Path]:
-    return set(Path("/sys/block").glob("loop*/loop/backing_file"))
 
 
 @pytest.fixture
@@ -31,19 +29,18 @@ def new_lab() -> Iterator[Callable[..., Lab]]:
     """
     need_hosts()
     labs: list[Lab] = []
-    loops = _loop_devices()
     with ExitStack() as stack:
 
         def make(**settings: Any) -> Lab:
             lab = Lab(**settings)
             labs.append(lab)
+            stack.enter_context(lab)
             stack.callback(lambda: print(lab.report()))
-            return stack.enter_context(lab)
+            return lab
 
         yield make
     left = [trace for lab in labs for trace in _left_behind(lab)]
     assert not left, f"left behind: {left}"
-    assert not _loop_devices() - loops
 
 
 @pytest.fixture

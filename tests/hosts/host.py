@@ -141,6 +141,7 @@ class Host:
                 self.frozen = False
             running, self._running = self.namespace, None
             loops = _loop_devices(running.pid)
+            self.lab.loop_devices |= {(device, loop_backing(device)) for device in loops}
             running.kill()
             self.lab.switch.remove(*self.ports())
             for device in loops:  # those are the machine's
@@ -227,11 +228,12 @@ class Host:
         )
 
     def signal(self, number: signal.Signals, program: str) -> list[int]:
-        """Send a signal to the processes of this host whose command line has `program` in it; who got it."""
+        """Send a signal to the processes of this host whose command line begins so; who got it."""
         reached = []
         for pid in self.namespace.processes():
             with contextlib.suppress(OSError):
-                if program in Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode():
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                if command.startswith(program):
                     os.kill(pid, number)
                     reached.append(pid)
         return reached
@@ -277,3 +279,11 @@ def _loop_devices(pid: int) -> list[str]:
         return []
     sources = (line.rpartition(" - ")[2].split()[1] for line in mounts.splitlines())
     return sorted({source for source in sources if source.startswith("/dev/loop")})
+
+
+def loop_backing(device: str) -> str:
+    """The file behind a loop device, "" when there is none."""
+    try:
+        return Path("/sys/block", Path(device).name, "loop/backing_file").read_text().strip()
+    except OSError:
+        return ""

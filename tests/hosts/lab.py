@@ -30,6 +30,7 @@ _PROGRAMS: Final = {
     "ip": "iproute2",
     "nft": "nftables",
 }
+_LAST_LINES: Final = 80
 CLUSTER_IP: Final = "192.168.2.50"
 
 
@@ -59,6 +60,8 @@ class Lab:
         self.events: list[tuple[float, str]] = []
         #: All namespaces that were ever made for it.
         self.identities: set[str] = set()
+        #: Loop devices that its hosts had mounted, and their files.
+        self.loop_devices: set[tuple[str, str]] = set()
         self.ground = Namespace("ground", {"disks": str(self.disks)}, ["--net", "--mount", "--pid"], within=None)
         self.identities |= self.ground.identities
         self.switch = Switch(self.ground, networks=2)
@@ -139,5 +142,5 @@ class Lab:
         lines = [f"{moment:.3f} {event}" for moment, event in self.events]
         for host in self.hosts.values():
             for name, text in host.logs():
-                lines += [f"── {host.name}: {name}", text.rstrip()]
+                lines += [f"── {host.name}: {name}", *text.splitlines()[-_LAST_LINES:]]
         return "\n".join(lines)

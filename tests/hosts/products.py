@@ -23,7 +23,7 @@ class HaFiles:
     resources: Sequence[str] = ()
     #: More lines of ha.cf.
     more: Sequence[str] = ()
-    authkeys: str = "auth 1\n1 sha1 one secret for both\n"
+    authkeys: str = "auth 1\n1 sha1 one-secret-for-both-nodes\n"
 
     @property
     def ha_cf(self) -> str:
@@ -121,10 +121,10 @@ class Ours:
         host.spawn("replica-heartbeat", "sh", "-c", self._SUPERVISOR, "supervisor", *command)
 
     def stop(self, host: Host) -> None:
-        host.signal(signal.SIGTERM, f"python -m {self._MODULE}")
+        host.signal(signal.SIGTERM, f"{Host.interpreter} -m {self._MODULE}")
 
     def kill(self, host: Host) -> None:
-        host.signal(signal.SIGKILL, f"python -m {self._MODULE}")
+        host.signal(signal.SIGKILL, f"{Host.interpreter} -m {self._MODULE}")
 
     def standby(self, host: Host) -> None:
         host.run(*host.python("replica.cli", "standby", "all", *self._options))

@@ -1,6 +1,6 @@
 """What can happen to a cluster, each the same for every product, in phases that are looked at one by one."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -33,7 +33,9 @@ class Phase:
 class Cluster:
     """Both nodes with a product that is installed and not yet started, and the client's probe."""
 
-    def __init__(self, lab: Lab, probe: Probe, product: Product, files: HaFiles, pages: bool, quiet_s: float) -> None:
+    def __init__(
+        self, lab: Lab, probe: Probe, product: Product, files: HaFiles, pages: bool, quiet_s: float, patience_s: float
+    ) -> None:
         self.lab = lab
         self.probe = probe
         self.product = product
@@ -42,7 +44,14 @@ class Cluster:
         self.pages = pages
         #: So long nothing may change before a phase is over.
         self.quiet_s = quiet_s
+        #: A phase is over then in any case.
+        self.patience_s = patience_s
         self.node1, self.node2 = lab.nodes
+
+    @property
+    def while_s(self) -> float:
+        """For how long what should not happen is waited for."""
+        return 3 * self.files.deadtime_s
 
     def start(self, *nodes: Host) -> None:
         """Start the product on these nodes, or both, now and when they boot."""
@@ -51,15 +60,26 @@ class Cluster:
             if self.product.start not in node.at_boot:
                 node.at_boot.append(self.product.start)
 
-    def phase(self, name: str, do: Callable[[], object], holder: Host | None, at_most_s: float = 90.0) -> Phase:
-        """Do something; over when the client has had one and the same answer for `quiet_s`, from `holder` unless that
-        is None, or when `at_most_s` are over.
+    def phase(
+        self,
+        name: str,
+        do: Callable[[], object],
+        *holders: Host,
+        at_least_s: float = 0.0,
+        at_most_s: float | None = None,
+    ) -> Phase:
+        """Do something; over when one of `holders`, and only that one, has answered the client for `quiet_s`. Without
+        any `holders`, and otherwise at the latest, over after `at_most_s`, in any case not before `at_least_s`.
         """
+        at_most_s = at_most_s or self.patience_s
         since = now()
         do()
-        if holder is not None:
+        if at_least_s:
+            self.probe.watch(at_least_s)
+        if holders:
+            names = {host.name for host in holders}
             try:
-                self.probe.wait(lambda seen: self._settled(seen, since, holder), f"{holder.name} holds", at_most_s)
+                self.probe.wait(lambda seen: self._settled(seen, since, names), f"{name}: {names} hold", at_most_s)
             except LabError as error:
                 self.lab.note(str(error))
         else:
@@ -73,12 +93,12 @@ class Cluster:
         recent = seen.recent(until - 1, self.pages)
         return Phase(name, since, until, outage_s, two_s, recent[-1].who if recent else "")
 
-    def _settled(self, seen: Timeline, since: float, holder: Host) -> bool:
+    def _settled(self, seen: Timeline, since: float, holders: Set[str]) -> bool:
         quiet_since = now() - self.quiet_s
-        if quiet_since < since or seen.last(self.pages) != holder.name:
+        if quiet_since < since or seen.last(self.pages) not in holders:
             return False
         return (
-            all(who == holder.name for _, who in seen.recent(quiet_since, self.pages))
+            len({who for _, who in seen.recent(quiet_since, self.pages)}) == 1
             and not seen.outages(quiet_since, now(), self.pages)
             and not seen.two_holders(quiet_since, now())
         )
@@ -100,7 +120,7 @@ class Scenario:
 
 
 def play(
-    lab: Lab, product: Product, scenario: Scenario, deadtime_s: float, quiet_s: float
+    lab: Lab, product: Product, scenario: Scenario, deadtime_s: float, quiet_s: float, patience_s: float = 90.0
 ) -> tuple[list[Phase], Timeline]:
     """Run a scenario in a new lab; its phases, and all that the client saw."""
     files = replace(scenario.files, deadtime_s=deadtime_s, resources=("apache2",) if scenario.web else ())
@@ -110,7 +130,7 @@ def play(
         if scenario.web:
             apache.install(node)
     with Probe(lab, http=scenario.web) as probe:
-        phases = list(scenario.run(Cluster(lab, probe, product, files, scenario.web, quiet_s)))
+        phases = list(scenario.run(Cluster(lab, probe, product, files, scenario.web, quiet_s, patience_s)))
         return phases, probe.timeline
 
 
@@ -133,14 +153,14 @@ def _cable(cluster: Cluster) -> Iterator[Phase]:
     """node1's only cable is pulled, and plugged in again."""
     yield cluster.phase("start", cluster.start, cluster.node1)
     yield cluster.phase("cable pulled", cluster.node1.pull, cluster.node2)
-    yield cluster.phase("cable plugged in", cluster.node1.plug, cluster.node1)
+    yield cluster.phase("cable plugged in", cluster.node1.plug, *cluster.lab.nodes, at_least_s=cluster.while_s)
 
 
 def _frozen(cluster: Cluster) -> Iterator[Phase]:
     """node1 is frozen for longer than the deadtime, and thaws."""
     yield cluster.phase("start", cluster.start, cluster.node1)
     yield cluster.phase("frozen", cluster.node1.freeze, cluster.node2)
-    yield cluster.phase("thawed", cluster.node1.thaw, cluster.node1)
+    yield cluster.phase("thawed", cluster.node1.thaw, *cluster.lab.nodes, at_least_s=cluster.while_s)
 
 
 def _path_cut(cluster: Cluster) -> Iterator[Phase]:
@@ -151,26 +171,26 @@ def _path_cut(cluster: Cluster) -> Iterator[Phase]:
         for node in cluster.lab.nodes:
             cluster.lab.cut(node, cluster.lab.peer(node), HEARTBEAT_PORT)
 
-    yield cluster.phase("heartbeats cut", cut, None, at_most_s=4 * cluster.files.deadtime_s)
+    yield cluster.phase("heartbeats cut", cut, at_most_s=cluster.while_s)
 
 
 def _wrong_secret(cluster: Cluster) -> Iterator[Phase]:
     """node2 has another key."""
-    cluster.files.install(cluster.node2, authkeys="auth 1\n1 sha1 another secret\n")
-    yield cluster.phase("wrong secret", cluster.start, None, at_most_s=6 * cluster.files.deadtime_s)
+    cluster.files.install(cluster.node2, authkeys="auth 1\n1 sha1 another-secret-of-node2\n")
+    yield cluster.phase("wrong secret", cluster.start, at_most_s=2 * cluster.while_s)
 
 
 def _killed(cluster: Cluster) -> Iterator[Phase]:
     """The main process of the cluster manager is killed on the node that holds the address."""
     yield cluster.phase("start", cluster.start, cluster.node1)
     kill = lambda: cluster.product.kill(cluster.node1)  # noqa: E731
-    yield cluster.phase("manager killed", kill, None, at_most_s=4 * cluster.files.deadtime_s)
+    yield cluster.phase("manager killed", kill, at_most_s=cluster.while_s)
 
 
 def _web(cluster: Cluster) -> Iterator[Phase]:
     """With Apache behind the address; it dies, is moved by an operator, and loses its host."""
     yield cluster.phase("start", cluster.start, cluster.node1)
-    yield cluster.phase("Apache killed", lambda: apache.kill(cluster.node1), cluster.node1, at_most_s=30)
+    yield cluster.phase("Apache killed", lambda: apache.kill(cluster.node1), cluster.node1)
     yield cluster.phase("standby", lambda: cluster.product.standby(cluster.node1), cluster.node2)
     yield cluster.phase("takeover", lambda: cluster.product.takeover(cluster.node1), cluster.node1)
     yield cluster.phase("power cut", cluster.node1.power_cut, cluster.node2)

@@ -112,7 +112,7 @@ def _received(source: Host, target: Host, port: int) -> bool:
         for each in (port, _LAST_PORT):
             source.run(Host.interpreter, "-c", _SEND, target.address, str(each), "1")
         first = int(receiver.stdout.readline())
-        target.signal(signal.SIGKILL, _RECEIVE)
+        target.signal(signal.SIGKILL, f"{Host.interpreter} -c {_RECEIVE}")
     return first == port
 
 

@@ -4,7 +4,10 @@ import bisect
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
+
+#: So many questions may be under way.
+_UNANSWERED: Final = 2
 
 
 class Span(NamedTuple):
@@ -60,10 +63,13 @@ class Timeline:
         return self.pages if pages else self.answers
 
     def outages(self, since: float, until: float, pages: bool = False) -> list[Span]:
-        """When nobody answered for longer than three questions take."""
+        """When several questions in a row were answered by nobody (a client that did not ask has no outage)."""
         moments = [since, *(moment for moment, _ in self.seen(pages) if since < moment < until), until]
         spans = (Span(begin, end) for begin, end in itertools.pairwise(moments))
-        return [span for span in spans if span.length_s > 3 * self.every_s]
+        return [span for span in spans if span.length_s > 3 * self.every_s and self._asked(span) > _UNANSWERED]
+
+    def _asked(self, span: Span) -> int:
+        return bisect.bisect_left(self.ticks, span.end) - bisect.bisect_right(self.ticks, span.begin)
 
     def outage_s(self, since: float, until: float, pages: bool = False) -> float:
         """How long nobody answered, in all."""

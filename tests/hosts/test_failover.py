@@ -1,0 +1,148 @@
+"""The cluster manager on hosts of its own, configured by Heartbeat's files: who has the address, whatever happens.
+
+Of every phase: the right node answers at the end, and at no moment both nodes have the address. No times.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.hosts.lab import Lab
+from tests.hosts.products import HaFiles, Ours
+from tests.hosts.scenarios import HEARTBEAT_PORT, SCENARIOS, Cluster, Phase, Scenario, play
+from tests.hosts.switch import some
+
+pytestmark = pytest.mark.root
+
+_DEADTIME_S = 1.0
+_QUIET_S = 1.0
+_PATIENCE_S = 25.0
+_TIMES = ("keepalive 200ms", "initdead 2")
+_OTHER, _EITHER = ["node2"], ["node1", "node2"]
+_ENDS_ON = {
+    **dict.fromkeys(("standby", "power cut", "cable pulled", "frozen"), _OTHER),
+    # The address has failed on node1, which may or may not count against it for a while.
+    **dict.fromkeys(("cable plugged in", "thawed"), _EITHER),
+}
+
+Play = Callable[..., list[Phase]]
+
+
+@pytest.fixture
+def run(new_lab: Callable[..., Lab]) -> Play:
+    """``run(scenario, second_network=…)``: the phases of a scenario, none of which had two holders."""
+
+    def run(scenario: Scenario, second_network: bool = False) -> list[Phase]:
+        if missing := scenario.missing():
+            pytest.skip(missing)
+        lab = new_lab(second_network=second_network)
+        phases, _ = play(lab, Ours(), scenario, _DEADTIME_S, _QUIET_S, _PATIENCE_S)
+        for phase in phases:
+            print(phase)
+        for phase in phases:
+            assert phase.two_holders_s == 0, f"{phase.name}: two had the address"
+        return phases
+
+    return run
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+def test_the_right_node_answers_and_never_two(run: Play, scenario: Scenario) -> None:
+    for phase in run(_with(scenario)):
+        assert phase.holder in _ENDS_ON.get(phase.name, ["node1"]), phase.name
+
+
+def _with(scenario: Scenario, **files: object) -> Scenario:
+    return Scenario(scenario.name, scenario.run, HaFiles(more=_TIMES, **files), scenario.web)  # type: ignore[arg-type]
+
+
+def test_without_failback_a_returning_node_gets_nothing(run: Play) -> None:
+    (power,) = (scenario for scenario in SCENARIOS if scenario.name == "power")
+    phases = run(_with(power, auto_failback="off"))
+    assert [phase.holder for phase in phases] == ["node1", "node2", "node2"]
+    assert phases[-1].outage_s == 0
+
+
+def _both_power_cut(cluster: Cluster) -> Iterator[Phase]:
+    yield cluster.phase("start", cluster.start, cluster.node1)
+
+    def power_cut() -> None:
+        for node in cluster.lab.nodes:
+            node.power_cut()
+        for node in cluster.lab.nodes:
+            node.boot()
+
+    yield cluster.phase("both rebooted", power_cut, cluster.node1)
+
+
+def _alone(cluster: Cluster) -> Iterator[Phase]:
+    cluster.node1.power_cut()
+    yield cluster.phase("start of one", lambda: cluster.start(cluster.node2), cluster.node2)
+
+
+def _one_way(cluster: Cluster) -> Iterator[Phase]:
+    """node1 is not heard any more, but hears."""
+    yield cluster.phase("start", cluster.start, cluster.node1)
+    cut = cluster.lab.cut, cluster.lab.mend
+    for change, name in zip(cut, ("cut", "mended"), strict=True):
+        do = lambda change=change: change(cluster.node1, cluster.node2, HEARTBEAT_PORT)  # noqa: E731
+        yield cluster.phase(name, do, cluster.node1)
+
+
+def _clean_stop(cluster: Cluster) -> Iterator[Phase]:
+    yield cluster.phase("start", cluster.start, cluster.node1)
+    yield cluster.phase("stop", lambda: cluster.product.stop(cluster.node1), cluster.node2)
+
+
+def _flapping(cluster: Cluster) -> Iterator[Phase]:
+    """node1's cable has a loose contact."""
+    yield cluster.phase("start", cluster.start, cluster.node1)
+
+    def flap() -> None:
+        for _ in range(_FLAPS):
+            cluster.node1.pull()
+            cluster.probe.watch(0.7)
+            cluster.node1.plug()
+            cluster.probe.watch(0.8)
+
+    yield cluster.phase("flapping", flap, cluster.node1)
+
+
+_FLAPS = 40 if os.environ.get("REPLICA_ALL_SCENARIOS") else 4
+
+
+def _both_starved(cluster: Cluster) -> Iterator[Phase]:
+    """A third of all heartbeats is lost on one of two paths."""
+    yield cluster.phase("start", cluster.start, cluster.node1)
+
+    def lose() -> None:
+        for node in cluster.lab.nodes:
+            cluster.lab.cut(node, cluster.lab.peer(node), f"{HEARTBEAT_PORT} {some(30)}")
+
+    yield cluster.phase("losses", lose, at_most_s=_LOSSES_S)
+
+
+_LOSSES_S = 600.0 if os.environ.get("REPLICA_ALL_SCENARIOS") else 10.0
+
+
+@pytest.mark.parametrize(
+    "story, holders",
+    [
+        (_both_power_cut, ["node1", "node1"]),
+        (_alone, ["node2"]),
+        (_one_way, ["node1", "node1", "node1"]),
+        (_clean_stop, ["node1", "node2"]),
+        (_flapping, ["node1", "node1"]),
+    ],
+)
+def test_more_that_can_happen(run: Play, story: Callable[[Cluster], Iterator[Phase]], holders: list[str]) -> None:
+    phases = run(_with(Scenario(story.__name__, story)))
+    assert [phase.holder for phase in phases] == holders
+
+
+def test_losses_on_one_of_two_paths_move_nothing(run: Play) -> None:
+    paths = ("ucast eth1 10.0.0.1", "ucast eth1 10.0.0.2")
+    scenario = Scenario("losses", _both_starved, HaFiles(more=(*_TIMES, *paths)))
+    _, losses = run(scenario, second_network=True)
+    assert losses.holder == "node1" and losses.outage_s == 0
