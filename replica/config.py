@@ -29,7 +29,6 @@ MIN_SECRET_BYTES = 16
 _MAX_SECRET_BYTES = 4096
 _NODES = 2
 _RESERVED_SECTIONS = ("arbiter",)
-_HEARTBEAT_SOCKET = "heartbeat"
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,9 +208,6 @@ def _read_resources(top: Table, here: Node, peer: Node, hooks: HookSettings) -> 
     if alone and "resource" not in top.items:
         return {}
     table = top.subtable("resource", wanted)
-    if _HEARTBEAT_SOCKET in table.items:
-        problem = "is the name of the cluster manager's control socket: choose another one for the resource"
-        raise table.file.error((*table.key, _HEARTBEAT_SOCKET), problem)
     resources = {name: _read_resource(table.subtable(name), here, peer, hooks) for name in table.items}
     if not resources and not alone:
         raise table.error(f"is empty: {wanted}")

@@ -47,6 +47,10 @@ class NotRunning(ControlError):
     """No daemon serves this control socket."""
 
 
+class WentAway(NotRunning):
+    """The daemon has ended before it answered: whether it has done what it was asked is not known."""
+
+
 class ControlTimeout(ControlError):
     """The daemon has not given its final answer in the time allowed."""
 
@@ -344,6 +348,6 @@ def answer(message: Any, path: Path) -> Any:
     raise ControlError(f"{_served_by(path)} gave an answer of an unknown form: see its log")
 
 
-def gone_away(path: Path, verb: str) -> ControlError:
-    """The daemon has closed the connection, and this is why it has not answered."""
-    return ControlError(f"{_served_by(path)} went away before it answered {verb}: see its log")
+def gone_away(path: Path, verb: str) -> WentAway:
+    """The daemon has closed the connection without an answer."""
+    return WentAway(f"{_served_by(path)} went away before it answered {verb}: see its log")

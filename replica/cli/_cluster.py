@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from replica.heartbeat.settings import HeartbeatSettings
-from replica.heartbeat.source import load_settings
 
 
 def add_ha_dir(parser: argparse.ArgumentParser) -> None:
@@ -20,4 +19,6 @@ def add_ha_dir(parser: argparse.ArgumentParser) -> None:
 
 def load_cluster(args: argparse.Namespace) -> HeartbeatSettings:
     """The settings, without the key. ConfigError."""
+    from replica.heartbeat.source import load_settings
+
     return load_settings(args.config, args.ha_dir, args.node, need_secret=False)

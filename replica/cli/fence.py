@@ -5,7 +5,7 @@ import asyncio
 
 from replica import control
 from replica.cli._common import Command
-from replica.cli._fencing import heartbeat_settings, known_node
+from replica.cli._fencing import add_ha_dir, heartbeat_settings, known_node
 from replica.errors import ReplicaError
 from replica.heartbeat.fencing import Fencer
 from replica.heartbeat.settings import HeartbeatSettings
@@ -32,7 +32,7 @@ def fence(settings: HeartbeatSettings, node: str, *, done: bool) -> str:
 
 async def _fence(settings: HeartbeatSettings, node: str) -> str:
     fencer = Fencer(settings)
-    fenced = await fencer.fence(node, why="an operator asked for it")
+    fenced = await fencer.fence(node, why="an operator asked for it", delayed=False)
     await fencer.settled()
     if not fenced.ok:
         raise ReplicaError(fenced.sentence)
@@ -40,6 +40,7 @@ async def _fence(settings: HeartbeatSettings, node: str) -> str:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_ha_dir(parser)
     parser.add_argument("node_to_fence", metavar="NODE")
     parser.add_argument(
         "--done", action="store_true", help="do nothing, but know that NODE is off: you have switched it off yourself"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from replica import control
 from replica.cli._common import Command
-from replica.cli._fencing import heartbeat_settings, known_node
+from replica.cli._fencing import add_ha_dir, heartbeat_settings, known_node
 from replica.heartbeat.fencing import DeviceAnswer, Fencer
 from replica.heartbeat.settings import HeartbeatSettings
 
@@ -48,6 +48,7 @@ def _lines(node: str, results: Sequence[DeviceAnswer]) -> list[str]:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_ha_dir(parser)
     parser.add_argument("node_to_test", metavar="NODE", nargs="?", help="without it, both")
 
 

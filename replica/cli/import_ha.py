@@ -4,8 +4,6 @@ import argparse
 from pathlib import Path
 
 from replica.cli._common import Command
-from replica.heartbeat.ha_d import read_ha_d
-from replica.heartbeat.ha_export import as_toml
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,6 +11,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from replica.heartbeat.ha_d import read_ha_d
+    from replica.heartbeat.ha_export import as_toml
+
     print(as_toml(read_ha_d(args.directory, args.node, args.config)), end="")
     return 0
 

@@ -69,6 +69,8 @@ class Group:
     consent_words: str = ""
     #: An operator asked this node to give it away.
     unwanted: bool = False
+    #: What makes it not ready here has lasted, so that starting something again does not mend it.
+    long_unready: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,7 +334,7 @@ class _Case:
             return ""
         if ready.readiness is not Readiness.YES and self.mine.status.holds_nothing:
             return f"{to}: {ready.why} here"
-        if ready.readiness is Readiness.NO and self.peer.steady:
+        if self.group.long_unready and self.peer.steady:
             return f"{to}: {ready.why} here"
         if self.peer.steady and self.all.pings_alive < self.peer.state.pings_alive:
             return f"{to}: it reaches {self.peer.state.pings_alive} ping nodes, {self.node} only {self.all.pings_alive}"

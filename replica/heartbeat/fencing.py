@@ -67,8 +67,9 @@ class Fencer:
         fenced = self._last.get(node)
         return fenced.sentence if fenced is not None else ""
 
-    async def fence(self, node: str, *, why: str) -> Fenced:
-        """Switch the node off. With action "reboot" it is switched on again in the background (`settled`).
+    async def fence(self, node: str, *, why: str, delayed: bool = True) -> Fenced:
+        """Switch the node off. With action "reboot" it is switched on again in the background (`settled`). Without
+        `delayed` no device's delay is waited: nobody else would shoot at the same time.
 
         When all callers are cancelled before a device was asked for anything (during its delay), nothing happens;
         later than that it is carried through.
@@ -79,7 +80,7 @@ class Fencer:
         if fencing is None:
             fencing = self._under_way[node] = _Fencing()
             log.warning("fencing %s, %s.", node, why)
-            fencing.task = spawn(self._fence(node, fencing), f"fencing of {node}")
+            fencing.task = spawn(self._fence(node, fencing, delayed), f"fencing of {node}")
         assert fencing.task is not None
         fencing.callers += 1
         try:
@@ -101,9 +102,9 @@ class Fencer:
         while self._switching_on:
             await asyncio.wait(self._switching_on)
 
-    async def _fence(self, node: str, fencing: _Fencing) -> Fenced:
+    async def _fence(self, node: str, fencing: _Fencing, delayed: bool) -> Fenced:
         try:
-            fenced = await self._try_devices(node, fencing)
+            fenced = await self._try_devices(node, fencing, delayed)
             self._last[node] = fenced
         finally:
             if self._under_way.get(node) is fencing:
@@ -111,12 +112,12 @@ class Fencer:
         log.log(logging.WARNING if fenced.ok else logging.ERROR, "%s", fenced.sentence)
         return fenced
 
-    async def _try_devices(self, node: str, fencing: _Fencing) -> Fenced:
+    async def _try_devices(self, node: str, fencing: _Fencing, delayed: bool) -> Fenced:
         loop = asyncio.get_running_loop()
         began_s = loop.time()
         problems = []
         for device in self._devices[node]:
-            if device.settings.delay_s:
+            if delayed and device.settings.delay_s:
                 log.info("fencing %s: waits %g s before %s.", node, device.settings.delay_s, device.name)
                 await asyncio.sleep(device.settings.delay_s)
             fencing.begun = True

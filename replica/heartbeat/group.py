@@ -247,11 +247,16 @@ class GroupRunner:
     async def _monitor(self, resource: Resource) -> Resource:
         settings = resource.settings
         while True:
+            noticed = resource.look.is_set()
             resource.look.clear()
             problem = await self._limited(resource.agent.monitor(), settings.monitor_timeout_s, "monitored")
             if problem:
                 self._failed(resource, problem)
                 return resource
+            if noticed:
+                # Whatever it was may have harmed what stands on it.
+                for above in self.resources[self.resources.index(resource) + 1 :]:
+                    above.look.set()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(settings.monitor_interval_s):
                     await resource.look.wait()

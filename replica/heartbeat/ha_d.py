@@ -111,6 +111,7 @@ class HaDirectory(Document):
         self.addresses: dict[str, str] = {}
         self._own = own | {node}
         heartbeat = {"deadtime": DEFAULT_DEADTIME_S, **ha_cf.heartbeat, "authkeys": str(folder / "authkeys")}
+        self._places["heartbeat", "deadtime"] = _Place(str(folder / "ha.cf"), "deadtime")
         for key in ha_cf.heartbeat:
             self._places["heartbeat", key] = _Place(*ha_cf.places[key])
         heartbeat["on"] = self._read_paths(ha_cf)

@@ -26,6 +26,9 @@ log = logging.getLogger("replica.heartbeat")
 _PAUSE_PART: Final = 0.9
 #: Between two heartbeats while the other node is silent: a cable that is plugged in again is to be noticed at once.
 _SEARCH_S: Final = 0.2
+#: So long a group that runs may be not ready before it is handed over for that: a server that is started again, a cable
+#: that is put into another socket.
+_UNREADY_S: Final = 2.0
 #: How often the goodbye is said; it is not answered, and only spares the other node the doubt.
 _GOODBYES: Final = 3
 _GOODBYE_PAUSE_S: Final = 0.02
@@ -87,6 +90,7 @@ class Manager:
         self._unwanted: set[str] = set()
         self.began_s = self._sent_s = clock.now()
         self._listen_until_s = self.began_s + settings.timing.initdead_s
+        self._unready_since_s: dict[str, float] = {}
         self._peer_start = 0
         self._peer_session: bytes | None = None
         self._peer_restarted = False
@@ -260,7 +264,7 @@ class Manager:
             self.settings.node,
             peer,
             self.phase,
-            tuple(self._group(runner) for runner in self.runners.values()),
+            tuple(self._group(runner, now) for runner in self.runners.values()),
             listened=now >= self._listen_until_s,
             young=now - self.began_s < timing.initdead_s,
             auto_failback=self.settings.auto_failback,
@@ -268,10 +272,15 @@ class Manager:
             pings=self._pings.total,
         )
 
-    def _group(self, runner: GroupRunner) -> Group:
+    def _group(self, runner: GroupRunner, now: float) -> Group:
         name = runner.name
         consent, words = self.consents.of(name)
-        return Group(name, runner.settings.preferred, self.group_state(runner), consent, words, name in self._unwanted)
+        state = self.group_state(runner)
+        if state.ready.readiness is not Readiness.NO:
+            self._unready_since_s.pop(name, None)
+        unready_s = now - self._unready_since_s.setdefault(name, now) if state.ready.readiness is Readiness.NO else 0.0
+        unwanted, long_unready = name in self._unwanted, unready_s >= _UNREADY_S
+        return Group(name, runner.settings.preferred, state, consent, words, unwanted, long_unready)
 
     def group_state(self, runner: GroupRunner) -> GroupState:
         """What this node says of a group."""
@@ -346,7 +355,7 @@ class Manager:
     def _set_timer(self, now: float, peer: PeerView) -> None:
         """For what time alone will change, and a keepalive is too coarse for."""
         timing = self.settings.timing
-        moments = [self._listen_until_s]
+        moments = [self._listen_until_s, *(since_s + _UNREADY_S for since_s in self._unready_since_s.values())]
         if self._steady_since_s is not None:
             moments.append(self._steady_since_s + timing.failback_delay_s)
             if peer.heard_s is not None:

@@ -19,7 +19,7 @@ from nbdserver.log_limit import FewAlike
 from replica.errors import ReplicaError
 from replica.heartbeat.clock import now
 from replica.heartbeat.settings import PingSettings, Timing
-from replica.heartbeat.sockets import family_of
+from replica.heartbeat.sockets import family_of, interface_index
 from replica.tasks import spawn
 
 log = logging.getLogger("replica.heartbeat.ping")
@@ -48,6 +48,7 @@ class _Target:
 
     configured: str
     address: str = ""  # in numbers, once it is resolved
+    interface: int | None = None  # of a link-local address: the index
     answered_s: float | None = None
 
 
@@ -195,7 +196,12 @@ class Pinger:
         with contextlib.suppress(OSError, PingError):
             sender = self._socket(target.address)
             request, _ = _ECHO[family_of(target.address)]
-            sender.sendto(echo(request, self._identifier, self._sequence, self._token), (target.address, 0))
+            message = echo(request, self._identifier, self._sequence, self._token)
+            if name := target.configured.partition("%")[2]:
+                target.interface = interface_index(name)
+                sender.sendto(message, (target.address, 0, 0, target.interface))
+            else:
+                sender.sendto(message, (target.address, 0))
 
     def _socket(self, address: str) -> socket.socket:
         family = family_of(address)
@@ -215,14 +221,14 @@ class Pinger:
                 data = data[(data[0] & 15) * 4 :] if data else data  # behind the IP header
             _, reply = _ECHO[socket.AddressFamily(receiver.family)]
             if data[:1] == bytes([reply]) and data[_HEADER.size :] == self._token:
-                self._answered(str(sender[0]).partition("%")[0])
+                self._answered(str(sender[0]).partition("%")[0], sender[3] if len(sender) > 2 else None)
         self._review()
 
-    def _answered(self, address: str) -> None:
+    def _answered(self, address: str, interface: int | None) -> None:
         now_s = now()
         for node in self._nodes.values():
             for target in node.targets:
-                if target.address == address:
+                if target.address == address and ("%" not in target.configured or target.interface == interface):
                     target.answered_s = now_s
 
     async def _resolve(self, target: _Target) -> None:

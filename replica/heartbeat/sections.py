@@ -36,7 +36,9 @@ FACILITIES: Final = (
 _INITDEAD_FACTOR: Final = 2
 _INITDEAD_MIN_S: Final = 12.0
 _INITDEAD_IS_DEADTIME_FROM_S: Final = 10.0
-_BEATS_IN_DEADTIME: Final = 2
+_KEEPALIVE_S: Final = 1.0
+_BEATS: Final = 5  # in deadtime, where keepalive is not given
+_MIN_BEATS: Final = 2
 
 
 class Key(NamedTuple):
@@ -49,7 +51,7 @@ class Key(NamedTuple):
 
 _TIME: Final = values.seconds(0.01, 3600)
 HEARTBEAT_KEYS: Final[Mapping[str, Key]] = {
-    "keepalive": Key(_TIME, 1.0),
+    "keepalive": Key(_TIME),
     "warntime": Key(_TIME),
     "deadtime": Key(_TIME, 5.0),
     "initdead": Key(_TIME),
@@ -167,21 +169,21 @@ def _own_table(heartbeat: Table, nodes: Sequence[str], node: str) -> Table:
 
 
 def _read_timing(table: Table, get: Callable[[str], Any]) -> Timing:
-    keepalive_s: float = get("keepalive")
     deadtime_s: float = get("deadtime")
+    keepalive_s: float = get("keepalive") or min(_KEEPALIVE_S, deadtime_s / _BEATS)
     warntime_s: float = get("warntime") or deadtime_s / 2
     initdead_s: float = get("initdead") or initdead_default_s(deadtime_s)
     deadping_s: float = get("deadping") or deadtime_s
 
     def refuse(key: str, problem: str) -> None:
-        place = key if key in table.items else "keepalive"
-        raise table.file.error((*table.key, place), problem)
+        raise table.file.error((*table.key, key), problem)
 
-    least_s = _BEATS_IN_DEADTIME * keepalive_s
     for key, limit_s in (("deadtime", deadtime_s), ("deadping", deadping_s)):
-        if limit_s <= least_s:
+        if limit_s <= _MIN_BEATS * keepalive_s:
             why = "one lost packet must not look like a death"
-            refuse(key, f"{key} ({limit_s:g} s) must be more than twice keepalive ({keepalive_s:g} s): {why}")
+            if key in table.items:
+                refuse(key, f"must be more than twice keepalive ({keepalive_s:g} s), not {limit_s:g} s: {why}")
+            refuse("keepalive", f"must be less than half of {key} ({limit_s:g} s), not {keepalive_s:g} s: {why}")
     if not keepalive_s < warntime_s < deadtime_s:
         between = f"keepalive ({keepalive_s:g} s) and deadtime ({deadtime_s:g} s)"
         refuse("warntime", f"must be between {between}, not {warntime_s:g} s")

@@ -3,10 +3,12 @@
 import asyncio
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,6 +61,18 @@ def calls(daemon: Path) -> str:
 
 def pid_of(daemon: Path) -> int:
     return int((daemon.parent / "pid").read_text())
+
+
+def test_the_examples_in_the_documents() -> None:
+    """Of the kinds of services; each stands in a line of its own."""
+    text = (Path(__file__).resolve().parents[2] / "docs/agents.md").read_text().partition("\n## Services\n")[2]
+    examples = re.findall(r"^    (\{ .* \})$", text.partition("\n## ")[0], re.MULTILINE)
+    tables = [tomllib.loads(f"resource = {example}")["resource"] for example in examples]
+    assert {next(iter(table)) for table in tables} == {"systemd", "lsb", "resource.d", "ocf", "exec"}
+    for table in tables:
+        name = next(iter(table))
+        assert table.keys() <= kinds.kind(name).options.keys()
+        assert kinds.kind(name).title(options_of(name, table)).startswith(f"{name} ")
 
 
 # ── init scripts ─────────────────────────────────────────────────────────────────────────────────────────────────

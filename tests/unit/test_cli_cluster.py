@@ -143,6 +143,21 @@ def test_cluster_without_a_daemon(config: Path) -> None:
     )
 
 
+def test_cluster_of_heartbeats_directory(make_config: MakeConfig) -> None:
+    config = make_config()
+    folder = config.parent / "ha.d"
+    folder.mkdir()
+    (folder / "ha.cf").write_text("node node1 node2\nbcast eth0\ndeadtime 5\n")
+    (folder / "haresources").write_text("")
+    with running(config.parent / "run/node1/heartbeat.sock") as daemon:
+        daemon.answers["status"] = document()
+        done = cluster_command(config, "cluster", "--ha-dir", str(folder))
+        assert (done.returncode, done.stdout) == (0, TEXT)
+        done = cluster_command(config, "standby", "--ha-dir", str(folder))
+        assert done.returncode == 0
+    assert [verb for verb, _ in daemon.requests] == ["status", "standby"]
+
+
 def test_cluster_without_a_cluster(make_config: MakeConfig) -> None:
     file = make_config()
     done = cluster_command(file, "cluster")

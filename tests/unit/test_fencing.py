@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import re
 import select
 import shutil
 import subprocess
@@ -250,6 +251,10 @@ def test_a_delay_is_waited_before_the_device_is_used(bench: Bench, caplog: pytes
 
     with caplog.at_level(logging.INFO):
         run(test)
+
+
+def test_what_an_operator_asks_for_is_not_delayed(bench: Bench) -> None:
+    assert fence(bench.settings(bench.device(delay_s=1000.0)), "node2", done=False).startswith("node2 is fenced")
 
 
 def test_what_has_begun_is_carried_through_whoever_still_waits(bench: Bench) -> None:
@@ -514,6 +519,9 @@ def test_stonith_plugins_with_too_few_or_too_many_parameters(count: int) -> None
 # ── the commands ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+_CLUSTER = '[heartbeat]\n[[group]]\nname = "web"\npreferred = "node1"\nresources = [{ lsb = "web" }]\n'
+
+
 def test_fence_without_the_daemon(bench: Bench) -> None:
     settings = bench.settings(bench.device(action="reboot"))
     assert fence(settings, "node2", done=False).startswith("node2 is fenced: ")
@@ -557,15 +565,21 @@ def test_the_commands_ask_the_daemon_when_it_runs(bench: Bench, short_dir: Path)
     run(test)
 
 
+def test_the_examples_in_the_documents(make_config: Callable[..., Path]) -> None:
+    reader = pytest.importorskip("replica.heartbeat.toml", reason="the reader of [heartbeat] is not here yet")
+    text = (Path(__file__).resolve().parents[2] / "docs/fencing.md").read_text()
+    examples = re.findall(r"^```toml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        settings = reader.load_heartbeat(make_config(extra=_CLUSTER + example), "node2")
+        assert {device.agent for devices in settings.fencing.values() for device in devices} == {"fence_ipmilan"}
+
+
 def test_the_commands_from_the_command_line(
     bench: Bench, make_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("replica.heartbeat.toml", reason="the reader of [heartbeat] is not here yet")
-    extra = (
-        '[heartbeat]\n[[group]]\nname = "web"\npreferred = "node1"\n'
-        'resources = [{ lsb = "web" }]\n'
-        f'[fencing.node2]\nagent = "{bench.agent}"\naction = "off"\nretries = 0\n'
-    )
+    pytest.importorskip("replica.cli._cluster", reason="the reader of [heartbeat] is not here yet")
+    extra = f'{_CLUSTER}[fencing.node2]\nagent = "{bench.agent}"\naction = "off"\nretries = 0\n'
     config = ["--config", str(make_config(extra=extra)), "--node", "node1"]
     assert cli.main([*config, "fence-test", "node2"]) == 0
     assert capsys.readouterr().out == "node2: fence_scripted answers: node2 is on\n"

@@ -6,9 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from replica.config import ConfigError
 from replica.heartbeat.digest import settings_digest
+from replica.heartbeat.ha_cf import DIRECTIVES
 from replica.heartbeat.ha_d import load_ha_d
 from replica.heartbeat.own_addresses import own_addresses
 from replica.heartbeat.settings import (
@@ -55,7 +58,7 @@ def write(tmp_path: Path) -> Callable[..., Path]:
         folder = tmp_path / "ha.d"
         folder.mkdir(exist_ok=True)
         for name, text in (("ha.cf", ha_cf), ("haresources", haresources), ("authkeys", authkeys)):
-            (folder / name).write_text(text)
+            (folder / name).write_text(text, errors="replace")
         (folder / "authkeys").chmod(0o600)
         return folder
 
@@ -343,7 +346,8 @@ MISTAKES_IN_HA_CF = [
     ("deadtime 5", "deadtime five", "4: deadtime: must be seconds such as"),
     ("deadtime 5", "deadtime 5h", "4: deadtime: must be seconds such as"),
     ("deadtime 5", "deadtime", '4: deadtime: says too little: write "deadtime 5"'),
-    ("deadtime 5", "deadtime 2", "4: deadtime: deadtime (2 s) must be more than twice keepalive"),
+    ("deadtime 5", "keepalive 1\ndeadtime 2", "5: deadtime: must be more than twice keepalive (1 s), not 2 s"),
+    ("deadtime 5", "keepalive 15", "deadtime: must be more than twice keepalive (15 s), not 30 s"),
     ("deadtime 5", "deadtime 5\ndeadtime 6", "5: deadtime: is there already ("),
     ("deadtime 5", "serial /dev/ttyS0", "4: serial: serial lines are not supported: name a second network path"),
     ("deadtime 5", "crm respawn", "4: crm: Pacemaker has a cluster manager of its own"),
@@ -450,6 +454,29 @@ def test_keys_that_others_may_read(ha_dir: Path, mode: int) -> None:
 def test_a_missing_file(ha_dir: Path, name: str) -> None:
     (ha_dir / name).unlink()
     assert error_of(ha_dir).startswith(f"{ha_dir}/{name}: ")
+
+
+_words = st.one_of(
+    st.sampled_from(
+        [*DIRECTIVES, "node1", "node2", "eth0", "192.168.2.45", "5", "500ms", "on", "\\", "#", "auth", "sha1", "::"]
+    ),
+    st.sampled_from(["replica::r0", "Filesystem::/dev/nbd0::/x", "IPaddr::1.2.3.4/24/eth0", "drbddisk", "map::"]),
+    st.text(max_size=6),
+)
+_texts = st.lists(st.lists(_words, max_size=6).map(" ".join), max_size=8).map("\n".join)
+
+
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ha_cf=_texts, haresources=_texts, authkeys=_texts, whole=st.booleans())
+def test_any_text_is_read_or_refused_with_one_sentence(
+    write: Callable[..., Path], ha_cf: str, haresources: str, authkeys: str, whole: bool
+) -> None:
+    folder = write(HA_CF + ha_cf if whole else ha_cf, haresources, KEYS if whole else authkeys)
+    try:
+        load(folder)
+    except ConfigError as error:
+        assert str(error).startswith(str(folder))
+        assert "\n" not in str(error)
 
 
 # ── where they are looked for ─────────────────────────────────────────────────────────────────────────────────────

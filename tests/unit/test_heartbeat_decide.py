@@ -29,7 +29,9 @@ def dead(group: GroupState | None, **more: object) -> Peer:
 
 def verdict(mine: GroupState, peer: Peer, phase: Phase = Phase.UP, preferred: str = "node1", **more: object) -> Verdict:
     """The verdict of node1 on its group web. Keywords of `Group` and of `Snapshot`."""
-    of_group = {name: more.pop(name) for name in ("consent", "consent_words", "unwanted") if name in more}
+    of_group = {
+        name: more.pop(name) for name in ("consent", "consent_words", "unwanted", "long_unready") if name in more
+    }
     group = Group("web", preferred, mine, **of_group)  # type: ignore[arg-type]
     return decide(Snapshot("node1", peer, phase, (group,), **more)).groups["web"]  # type: ignore[arg-type]
 
@@ -316,6 +318,20 @@ CASES = (
         ),
         Action.STOP,
         "is given to node2: it reaches 2 ping nodes, node1 only 1",
+        MINE,
+    ),
+    Case(
+        "not ready for a moment",
+        verdict(state(MINE, STARTED, NO_CARRIER), alive(state(MINE))),
+        None,
+        "runs here",
+        MINE,
+    ),
+    Case(
+        "not ready for long",
+        verdict(state(MINE, STARTED, NO_CARRIER), alive(state(MINE)), long_unready=True),
+        Action.STOP,
+        "is given to node2: eth0 has no carrier here",
         MINE,
     ),
     Case(

@@ -114,9 +114,10 @@ def test_ipv6(two_hosts: list[Host]) -> None:
     here, router = two_hosts
     for host, address in ((here, "fd00::44"), (router, "fd00::1")):
         host.ip(f"address add {address}/64 dev eth0 nodad")
-    watched = here.call(lambda: Watched(node("fd00:0::1")))
+    router.ip("address add fe80::1/64 dev eth0 nodad")
+    watched = here.call(lambda: Watched(node("fd00:0::1"), node("fe80::1%eth0"), node("fe80::1%eth9")))
     here.do(watched.pinger.open())
-    here.do(watched.until_alive(1))
+    here.do(watched.until_alive(2))
     here.do(watched.pinger.close())
 
 

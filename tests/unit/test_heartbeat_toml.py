@@ -217,7 +217,18 @@ def test_defaults(write: Callable[[str], Path]) -> None:
 )
 def test_times_that_follow_from_deadtime(write: Callable[[str], Path], deadtime: float, initdead: float) -> None:
     timing = load_heartbeat(write(f"{BASE}[heartbeat]\ndeadtime = {deadtime}\n"), "node1").timing
-    assert timing == Timing(1, deadtime / 2, deadtime, initdead, deadtime, 5)
+    assert timing == Timing(min(1, deadtime / 5), deadtime / 2, deadtime, initdead, deadtime, 5)
+
+
+@pytest.mark.parametrize(("deadtime", "keepalive"), [(1, 0.2), (2, 0.4), (5, 1), (30, 1)])
+def test_keepalive_fits_a_short_deadtime(write: Callable[[str], Path], deadtime: float, keepalive: float) -> None:
+    assert load_heartbeat(write(f"{BASE}[heartbeat]\ndeadtime = {deadtime}\n"), "node1").timing.keepalive_s == keepalive
+
+
+def test_a_keepalive_that_is_too_long(write: Callable[[str], Path]) -> None:
+    file = write(BASE + "[heartbeat]\nkeepalive = 2.5\n")
+    problem = "must be less than half of deadtime (5 s), not 2.5 s: one lost packet must not look like a death"
+    assert error_of(file) == f"{file}:15: heartbeat.keepalive: {problem}"
 
 
 def test_times_below_a_second(write: Callable[[str], Path]) -> None:
@@ -282,7 +293,7 @@ MISTAKES = [
         "",
         5,
         "heartbeat.deadping",
-        "deadping (3 s) must",
+        "must be more than twice keepalive (1.6 s), not 3 s: one lost",
         ("keepalive = 0.5", "keepalive = 1.6"),
     ),
     ("warntime = 1", "warntime = 2", 3, "heartbeat.warntime", "must be between keepalive (0.5 s) and deadtime (2 s)"),

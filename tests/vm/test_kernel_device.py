@@ -113,6 +113,37 @@ def test_fio_verifies_what_it_wrote(both: TwoInOne, file_system: str, connection
     _check(both, file_system)
 
 
+def test_the_agents_of_a_group_with_data(both: TwoInOne) -> None:
+    """Kernel device and file system stay when replicad is killed, and move from node to node with what was written."""
+    _make(both, "ext4")
+    both.cli("node1", "unmap")
+
+    def live_and_die(node: str, peer: str, words: str) -> str:
+        said: str = both.machine.call(
+            "tests.vm.group:live_and_die",
+            timeout_s=3 * PATIENCE_S,
+            node=node,
+            peer=peer,
+            device=_DEVICE,
+            folder=_FOLDER,
+            file_system="ext4",
+            words=words,
+        )
+        return said
+
+    try:
+        assert live_and_die("node1", "node2", "first") == ""
+        both.wait_in_sync()
+        assert live_and_die("node2", "node1", "second") == "first, again"
+    finally:
+        for node in ("node1", "node2"):  # those that run now were started by agents
+            both.sh(f"pkill -KILL -f '[r]eplica.daemon r0 .*--node {node}' || true")
+            both.start(node)
+    both.ctl("node2", "promote")
+    both.wait_in_sync()
+    both.ctl("node2", "demote")
+
+
 def test_what_is_refused_is_one_sentence(both: TwoInOne) -> None:
     both.cli("node1", "map", "r0", _DEVICE, *_WAIT)
     listed = both.cli("node1", "map", "--list")

@@ -74,15 +74,16 @@ class Replicad:
             await self._news.wait()
         return self.status
 
-    async def wait_until_it_runs(self) -> None:
-        """Also when it has ended just now, and the end of its stream was not read yet. ReplicaError, TimeoutError."""
+    async def wait_until_it_answers(self) -> Status:
+        """Its status, also when it has ended just now, and the end of its stream was not read yet. ReplicaError."""
         while True:
             await self.wait_for(lambda status: True)
             try:
-                await self.ask_status()
-                return
+                return await self.ask_status()
             except NotRunning:
                 self.status = None
+            except TimeoutError:
+                log.warning("replicad %s does not answer for %g s", self.name, ANSWER_TIMEOUT_S)
 
     async def call(self, verb: str, args: dict[str, Any] | None = None) -> Any:
         """Its answer. Raises NotRunning, or ReplicaError with its refusal."""

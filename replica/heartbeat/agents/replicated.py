@@ -62,6 +62,10 @@ def trouble(status: Status) -> str:
     return ""
 
 
+def _link(status: Status) -> tuple[str, str]:
+    return status["connection"], status["replication"]
+
+
 class ReplicatedAgent:
     """One replicated resource: promoted and demoted."""
 
@@ -77,22 +81,35 @@ class ReplicatedAgent:
 
     async def start(self, start: Start) -> None:
         try:
-            await self._replicad.wait_until_it_runs()
-            if not start.peer_is_dead:
-                await self._settle()
-            await self._replicad.call("promote", {"peer_is_dead": start.peer_is_dead})
-        except TimeoutError:
-            raise AgentError(f"cannot be promoted: replicad {self._name} does not answer") from None
+            while not await self._promote(start.peer_is_dead):
+                pass
         except ReplicaError as error:
             raise AgentError(f"cannot be promoted: {error}") from None
         self._serves = True
 
-    async def _settle(self) -> None:
+    async def _promote(self, peer_is_dead: bool) -> bool:
+        """False: the link came or went in the middle of it, or replicad has ended, and it is to be tried again. (When
+        that has to end is for the caller to know.) ReplicaError with replicad's refusal.
+        """
+        before = _link(await self._replicad.wait_until_it_answers())
+        if not peer_is_dead:
+            before = _link(await self._settle())
+        try:
+            await self._replicad.call("promote", {"peer_is_dead": peer_is_dead})
+        except NotRunning:
+            return False
+        except ReplicaError:
+            if _link(await self._replicad.wait_until_it_answers()) != before:
+                return False
+            raise
+        return True
+
+    async def _settle(self) -> Status:
         """Wait until it is known whether the peer is there, whose consent is asked then."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CONNECT_WAIT_S):
                 await self._replicad.wait_for(lambda status: status["connection"] != Connection.CONNECTING)
-        await self._replicad.wait_for(lambda status: status["replication"] != Replication.NEGOTIATING)
+        return await self._replicad.wait_for(lambda status: status["replication"] != Replication.NEGOTIATING)
 
     async def stop(self) -> None:
         self._serves = False
@@ -123,8 +140,8 @@ class ReplicatedAgent:
             problem = ENDED
         except TimeoutError:
             raise AgentError(f"does not answer: replicad {self._name} hangs for {ANSWER_TIMEOUT_S:g} s") from None
-        except ReplicaError as error:
-            raise AgentError(f"does not serve: {error}") from None
+        except ReplicaError as error:  # it is about to end, say
+            problem = f"is not served: {error}"
         if not problem:
             return
         now = clock.now()
