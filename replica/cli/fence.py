@@ -4,8 +4,8 @@ import argparse
 import asyncio
 
 from replica import control
-from replica.cli._common import Command
 from replica.cli._cluster import add_ha_dir, known_node, load_cluster
+from replica.cli._common import Command
 from replica.errors import ReplicaError
 from replica.heartbeat.fencing import Fencer
 from replica.heartbeat.settings import HeartbeatSettings

@@ -5,8 +5,8 @@ import asyncio
 from collections.abc import Sequence
 
 from replica import control
-from replica.cli._common import Command
 from replica.cli._cluster import add_ha_dir, known_node, load_cluster
+from replica.cli._common import Command
 from replica.heartbeat.fencing import DeviceAnswer, Fencer
 from replica.heartbeat.settings import HeartbeatSettings
 
