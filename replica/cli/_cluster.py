@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from replica.errors import ReplicaError
 from replica.heartbeat.settings import HeartbeatSettings
 
 
@@ -22,3 +23,9 @@ def load_cluster(args: argparse.Namespace) -> HeartbeatSettings:
     from replica.heartbeat.source import load_settings
 
     return load_settings(args.config, args.ha_dir, args.node, need_secret=False)
+
+
+def known_node(settings: HeartbeatSettings, node: str) -> None:
+    """Refuse a name that is no node's."""
+    if node not in settings.nodes:
+        raise ReplicaError(f"there is no node {node!r}: the nodes are {' and '.join(settings.nodes)}")

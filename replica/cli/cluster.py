@@ -27,10 +27,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_ha_dir(parser)
     parser.add_argument("--json", action="store_true", help="the full status document, for programs")
     parser.add_argument("--watch", action="store_true", help="go on and show every change, until interrupted")
+    parser.add_argument("--clear", action="store_true", help="forget the failures of this node's resources first")
 
 
 def _run(args: argparse.Namespace) -> int:
     settings = load_cluster(args)
+    if args.clear:
+        client.ask(settings, "clear", timeout_s=client.STATUS_TIMEOUT_S)
     if not args.watch:
         status = client.status(settings)
         print(json.dumps(status, indent=2) if args.json else "\n".join(cluster_lines(status)))

@@ -4,15 +4,15 @@ import argparse
 import asyncio
 
 from replica import control
+from replica.cli._cluster import add_ha_dir, known_node, load_cluster
 from replica.cli._common import Command
-from replica.cli._fencing import add_ha_dir, heartbeat_settings, known_node
 from replica.errors import ReplicaError
 from replica.heartbeat.fencing import Fencer
 from replica.heartbeat.settings import HeartbeatSettings
 
 
 def _run(args: argparse.Namespace) -> int:
-    print(fence(heartbeat_settings(args), args.node_to_fence, done=args.done))
+    print(fence(load_cluster(args), args.node_to_fence, done=args.done))
     return 0
 
 

@@ -5,14 +5,14 @@ import asyncio
 from collections.abc import Sequence
 
 from replica import control
+from replica.cli._cluster import add_ha_dir, known_node, load_cluster
 from replica.cli._common import Command
-from replica.cli._fencing import add_ha_dir, heartbeat_settings, known_node
 from replica.heartbeat.fencing import DeviceAnswer, Fencer
 from replica.heartbeat.settings import HeartbeatSettings
 
 
 def _run(args: argparse.Namespace) -> int:
-    settings = heartbeat_settings(args)
+    settings = load_cluster(args)
     if args.node_to_test is not None:
         known_node(settings, args.node_to_test)
     nodes = settings.nodes if args.node_to_test is None else (args.node_to_test,)

@@ -184,7 +184,7 @@ class Daemon:
             return f"{node} is taken for dead."
         if not self._fencer.configured(node):
             raise ReplicaError(f"no fencing is configured for {node}: add [fencing.{node}]")
-        fenced = await self._fencer.fence(node, why="an operator asked for it")
+        fenced = await self._fencer.fence(node, why="an operator asked for it", delayed=False)
         if not fenced.ok:
             raise ReplicaError(fenced.sentence)
         return fenced.sentence

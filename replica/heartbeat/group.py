@@ -82,10 +82,16 @@ class GroupRunner:
             self._become(Status.SUSPENDED)
             return
         active = await asyncio.gather(*(self._active(resource) for resource in self.resources))
-        if any(active):
-            names = ", ".join(r.settings.name for r, is_active in zip(self.resources, active, strict=True) if is_active)
-            log.warning("%s: runs although this node does not hold it (%s): stopping it.", self.name, names)
+        running = [r.settings.name for r, is_active in zip(self.resources, active, strict=True) if is_active]
+        unknown = [r.settings.name for r, is_active in zip(self.resources, active, strict=True) if is_active is None]
+        if running:
+            log.warning(
+                "%s: runs although this node does not hold it (%s): stopping it.", self.name, ", ".join(running)
+            )
             self.stop()
+        elif unknown:
+            # Nothing says that this node has started it: stopping by force what may not be there mends nothing.
+            self._give_up(f"whether {', '.join(unknown)} runs here is not known")
         else:
             self._become(Status.STOPPED)
 
@@ -173,6 +179,14 @@ class GroupRunner:
         self._failures.append(self._now())
         log.warning("%s: %s %s.", self.name, resource.settings.name, problem)
 
+    def _give_up(self, words: str) -> None:
+        """It is not tried here any more, unless no other node is better."""
+        self._failed_out = True
+        self._failed_words = words
+        log.warning("%s: %s.", self.name, words)
+        self._worker = None
+        self._become(Status.FAILED)
+
     # ── the worker ───────────────────────────────────────────────────────────────────────────────────────────
 
     def _work_towards(self, target: _Target) -> None:
@@ -210,11 +224,7 @@ class GroupRunner:
                 return
             if given_up:
                 times = f"{count} times within {self.settings.failure_window_s:g} s"
-                self._failed_out = True
-                self._failed_words = f"{self.resource} has failed {times} ({self.problem})"
-                log.warning("%s: %s.", self.name, self._failed_words)
-                self._worker = None
-                self._become(Status.FAILED)
+                self._give_up(f"{self.resource} has failed {times} ({self.problem})")
                 return
 
     async def _start_from(self, first: int) -> Resource | None:
@@ -302,13 +312,14 @@ class GroupRunner:
             return f"failed ({error.strerror or error})"
         return ""
 
-    async def _active(self, resource: Resource) -> bool:
+    async def _active(self, resource: Resource) -> bool | None:
+        """None: it is not known."""
         try:
             async with asyncio.timeout(resource.settings.monitor_timeout_s):
                 return await resource.agent.active()
         except (TimeoutError, ReplicaError, OSError) as error:
             log.warning("%s: whether %s runs is not known (%s).", self.name, resource.settings.name, error)
-            return True
+            return None
 
     def _become(self, status: Status) -> None:
         if status is not self.status:

@@ -133,6 +133,12 @@ def test_cluster(config: Path, daemon: ScriptedDaemon) -> None:
     assert json.loads(done.stdout) == document()
 
 
+def test_failures_are_forgotten_on_request(config: Path, daemon: ScriptedDaemon) -> None:
+    done = cluster_command(config, "cluster", "--clear")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [verb for verb, _ in daemon.requests] == ["clear", "status"]
+
+
 def test_cluster_without_a_daemon(config: Path) -> None:
     done = cluster_command(config, "cluster")
     assert done.returncode == 1

@@ -21,6 +21,7 @@ from replica.heartbeat.tools import SUB_COMMANDS
 from replica.hooks import DEFAULT_TIMEOUT_S, Event, environment
 from replica.states import tables_as_markdown
 from tests.sim.canaries import CANARIES
+from tests.sim.failover.canaries import CANARIES as FAILOVER_CANARIES
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -194,7 +195,7 @@ def test_promises_name_planted_bugs_that_exist() -> None:
     lists = re.findall(r"planted: ((?:`[\w-]+`(?:, )?)+)", (DOCS / "promises.md").read_text())
     named = {name for one in lists for name in re.findall(r"`([\w-]+)`", one)}
     assert len(named) > 20
-    assert named <= {canary.name for canary in CANARIES}
+    assert named <= {canary.name for canary in (*CANARIES, *FAILOVER_CANARIES)}
 
 
 @pytest.mark.parametrize("package", ["replica", "nbdserver"])
