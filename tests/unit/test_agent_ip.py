@@ -178,6 +178,26 @@ def test_what_another_machine_has_is_not_taken(address: str) -> None:
 
 @pytest.mark.root
 @own_network
+def test_nobody_is_asked_twice_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        agent = make_agent(V4)
+        assert await held_elsewhere(resource(V4)) == ""
+        host.ip(f"addr add {V4} dev eth0")  # so that whoever asks again finds it out
+        await agent.start(START)
+        await agent.stop()
+        now = clock.now()
+        monkeypatch.setattr("replica.heartbeat.clock.now", lambda: now + 120)
+        with pytest.raises(AgentError, match="is held by"):
+            await agent.start(START)
+        await agent.close()
+
+    monkeypatch.setattr("replica.heartbeat.agents.ip.RECENT_S", 60.0)
+    with neighbour() as host:
+        run(work())
+
+
+@pytest.mark.root
+@own_network
 def test_it_finds_interface_and_prefix_by_the_route() -> None:
     async def work() -> None:
         agent = make_agent("10.77.0.50")
@@ -258,7 +278,7 @@ def test_an_interface_without_carrier_is_not_ready() -> None:
 @pytest.mark.root
 @pytest.mark.parametrize("address", [V4, V6])
 @own_network
-def test_let_go_is_at_once(address: str) -> None:
+def test_let_go_is_at_once(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def work() -> None:
         agent = make_agent(address)
         await agent.start(START)
@@ -272,6 +292,7 @@ def test_let_go_is_at_once(address: str) -> None:
             await agent.start(START)
         agent.let_go()
         assert not shown(address)
+        monkeypatch.setattr("replica.heartbeat.agents.ip.RECENT_S", 0.0)
         starting = asyncio.create_task(agent.start(START))
         await asyncio.sleep(0)
         agent.let_go()

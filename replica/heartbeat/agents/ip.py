@@ -26,6 +26,8 @@ log = logging.getLogger("replica.heartbeat")
 #: After the first announcement so many more, a second apart: some may be lost, or come before the switch is up.
 ANNOUNCEMENTS: Final = 5
 ANNOUNCEMENT_INTERVAL_S: Final = 1.0
+#: For so long the answer holds that nobody has an address.
+RECENT_S: Final = 0.5
 #: (IFNAMSIZ of linux/if.h, less the final zero.)
 _MAX_NAME: Final = 15
 
@@ -120,15 +122,30 @@ def _unusable(link: Link) -> str:
     return f"{link.name} is down" if not link.up else f"{link.name} has no carrier" if not link.carrier else ""
 
 
+#: Interface and address → when nobody answered for it.
+_unheld: dict[tuple[str, addresses.Address], float] = {}
+
+
 async def _holder(place: _Place) -> str:
     if not place.link.neighbours:
         return ""
+    asked = (place.link.name, place.interface.ip)
+    _unheld.pop(asked, None)
     ours = {link.mac for link in await in_thread(addresses.links)}
     try:
         mac = await neighbours.find_holder(place.link.name, place.link.mac, place.interface.ip, ours)
     except OSError as error:
         raise AgentError(f"cannot be asked for on {place.link.name} ({error.strerror or error})") from None
-    return "" if mac is None else neighbours.mac_text(mac)
+    if mac is None:
+        _unheld[asked] = clock.now()
+        return ""
+    return neighbours.mac_text(mac)
+
+
+async def _new_holder(place: _Place) -> str:
+    """The same, but who was asked just now, before the takeover, is not asked again: clients wait."""
+    asked_s = _unheld.get((place.link.name, place.interface.ip), float("-inf"))
+    return "" if clock.now() - asked_s < RECENT_S else await _holder(place)
 
 
 async def held_elsewhere(settings: ResourceSettings) -> str:
@@ -185,7 +202,7 @@ class AddressAgent:
         existing = await self._existing(place)
         if self._lease is not None and self._lease.held and existing:
             return
-        if mac := await _holder(place):
+        if mac := await _new_holder(place):
             raise AgentError(f"is held by {mac} on {place.link.name}")
         await self._forget_lease()
         if self._farewells != farewells:
