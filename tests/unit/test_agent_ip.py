@@ -161,7 +161,9 @@ async def in_line(lines: Any, words: str) -> str:
 @pytest.mark.root
 @pytest.mark.parametrize("address", [V4, V6])
 @own_network
-def test_what_another_machine_has_is_not_taken(address: str) -> None:
+def test_what_another_machine_has_is_not_taken(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("replica.heartbeat.agents.ip.YIELD_S", 0.2)
+
     async def work() -> None:
         agent = make_agent(address, interface="eth0")
         assert await held_elsewhere(resource(address)) == ""
@@ -178,6 +180,25 @@ def test_what_another_machine_has_is_not_taken(address: str) -> None:
 
 @pytest.mark.root
 @own_network
+def test_an_address_is_taken_when_its_holder_loses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a daemon that hangs does: its kernel still has the address for a while."""
+
+    async def work() -> None:
+        agent = make_agent(V4)
+        host.ip(f"addr add {V4} dev eth0 valid_lft 1 preferred_lft 1")
+        assert await held_elsewhere(resource(V4)) == "02:00:00:00:00:02"
+        await agent.start(START)
+        assert shown(V4)
+        await agent.stop()
+        await agent.close()
+
+    monkeypatch.setattr("replica.heartbeat.agents.ip.YIELD_S", PATIENCE_S)
+    with neighbour() as host:
+        run(work())
+
+
+@pytest.mark.root
+@own_network
 def test_nobody_is_asked_twice_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work() -> None:
         agent = make_agent(V4)
@@ -186,6 +207,7 @@ def test_nobody_is_asked_twice_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None
         await agent.start(START)
         await agent.stop()
         now = clock.now()
+        monkeypatch.setattr("replica.heartbeat.agents.ip.YIELD_S", -1.0)
         monkeypatch.setattr("replica.heartbeat.clock.now", lambda: now + 120)
         with pytest.raises(AgentError, match="is held by"):
             await agent.start(START)
