@@ -161,7 +161,9 @@ async def in_line(lines: Any, words: str) -> str:
 @pytest.mark.root
 @pytest.mark.parametrize("address", [V4, V6])
 @own_network
-def test_what_another_machine_has_is_not_taken(address: str) -> None:
+def test_what_another_machine_has_is_not_taken(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("replica.heartbeat.agents.ip.YIELD_S", 0.2)
+
     async def work() -> None:
         agent = make_agent(address, interface="eth0")
         assert await held_elsewhere(resource(address)) == ""
@@ -172,6 +174,46 @@ def test_what_another_machine_has_is_not_taken(address: str) -> None:
         assert not shown(address)
         await agent.close()
 
+    with neighbour() as host:
+        run(work())
+
+
+@pytest.mark.root
+@own_network
+def test_an_address_is_taken_when_its_holder_loses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a daemon that hangs does: its kernel still has the address for a while."""
+
+    async def work() -> None:
+        agent = make_agent(V4)
+        host.ip(f"addr add {V4} dev eth0 valid_lft 1 preferred_lft 1")
+        assert await held_elsewhere(resource(V4)) == "02:00:00:00:00:02"
+        await agent.start(START)
+        assert shown(V4)
+        await agent.stop()
+        await agent.close()
+
+    monkeypatch.setattr("replica.heartbeat.agents.ip.YIELD_S", PATIENCE_S)
+    with neighbour() as host:
+        run(work())
+
+
+@pytest.mark.root
+@own_network
+def test_nobody_is_asked_twice_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        agent = make_agent(V4)
+        assert await held_elsewhere(resource(V4)) == ""
+        host.ip(f"addr add {V4} dev eth0")  # so that whoever asks again finds it out
+        await agent.start(START)
+        await agent.stop()
+        now = clock.now()
+        monkeypatch.setattr("replica.heartbeat.agents.ip.YIELD_S", -1.0)
+        monkeypatch.setattr("replica.heartbeat.clock.now", lambda: now + 120)
+        with pytest.raises(AgentError, match="is held by"):
+            await agent.start(START)
+        await agent.close()
+
+    monkeypatch.setattr("replica.heartbeat.agents.ip.RECENT_S", 60.0)
     with neighbour() as host:
         run(work())
 
@@ -257,7 +299,7 @@ def test_an_interface_without_carrier_is_not_ready() -> None:
 @pytest.mark.root
 @pytest.mark.parametrize("address", [V4, V6])
 @own_network
-def test_let_go_is_at_once(address: str) -> None:
+def test_let_go_is_at_once(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def work() -> None:
         agent = make_agent(address)
         await agent.start(START)
@@ -271,6 +313,7 @@ def test_let_go_is_at_once(address: str) -> None:
             await agent.start(START)
         agent.let_go()
         assert not shown(address)
+        monkeypatch.setattr("replica.heartbeat.agents.ip.RECENT_S", 0.0)
         starting = asyncio.create_task(agent.start(START))
         await asyncio.sleep(0)
         agent.let_go()
