@@ -395,6 +395,28 @@ def test_mistakes(write: Callable[[str], Path], mistake: tuple[str, str, int, st
     assert problem in message
 
 
+def test_a_mount_by_nbdfuse(write: Callable[[str], Path]) -> None:
+    group = '[[group]]\nname = "web"\npreferred = "node1"\nresources = [\n  { %s },\n  { %s },\n]\n'
+    replica, mount = 'replica = "r0"', 'mount = "/data", device = "nbd:r0"'
+    assert load_heartbeat(write(BASE + group % (replica, mount)), "node1").groups[0].replicated
+    file = write(BASE + group % (mount, replica))
+    assert error_of(file).startswith(
+        f'{file}:18: group[1].resources[1]: comes before what it needs: put replica = "r0"'
+    )
+    file = write(BASE + group % (replica, mount.replace("r0", "r1")))
+    assert error_of(file).startswith(f"{file}:19: group[1].resources[2].device: there is no [resource.r1] in {file}")
+
+
+def test_one_agent_twice_with_other_parameters(write: Callable[[str], Path]) -> None:
+    group = '[[group]]\nname = "web"\npreferred = "node1"\nresources = [ %s ]\n'
+    entries = [f'{{ ocf = "heartbeat:Dummy", params = {{ state = "/run/{name}" }} }}' for name in "aba"]
+    (web,) = load_heartbeat(write(BASE + group % ", ".join(entries[:2])), "node1").groups
+    assert [resource.name for resource in web.resources] == ["ocf heartbeat:Dummy", "ocf heartbeat:Dummy (2)"]
+    assert "group[1].resources[3]: ocf heartbeat:Dummy is in the group web twice" in error_of(
+        write(BASE + group % ", ".join(entries))
+    )
+
+
 def test_paths_that_only_lead_back(write: Callable[[str], Path]) -> None:
     file = write(BASE + '[heartbeat]\npaths = [ { address = "192.168.2.44" } ]\n')
     with pytest.raises(ConfigError, match=r"heartbeat\.paths: leads nowhere from node1: name a path to node2"):
