@@ -27,16 +27,19 @@ SEEDS ?= 1000
 START ?= 1
 JOBS ?= 0
 
-.PHONY: help venv setup demo test lint format bench soak database power-cuts vm-setup vm-image sim sim-canaries fuzz clients test-vm clean
+.PHONY: help venv setup demo test lint format bench bench-failover test-cluster soak database power-cuts hosts-setup vm-setup vm-image sim sim-canaries fuzz clients test-vm clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
-	  printf '  %-12s %s\n' "$$name" "$$text"; done
+	  printf '  %-14s %s\n' "$$name" "$$text"; done
 
 venv: $(VENV_STAMP) ## make .venv with the project and its tools (pip only)
 
 setup: venv ## venv, and as root on Debian also the programs that the tests use
 	@$(call install_missing,$(DEBIAN_PACKAGES))
+
+hosts-setup: setup
+	@tests/hosts/install-programs
 
 vm-setup: venv
 	@$(call install_missing,$(VM_PACKAGES))
@@ -74,7 +77,7 @@ $(VENV_STAMP): pyproject.toml
 demo: venv ## two nodes on this machine: replicate, kill one, see the data again
 	@$(BIN)/python -m replica.demo
 
-test: setup ## all tests (PYTEST_ARGS= is passed on)
+test: hosts-setup ## all tests (PYTEST_ARGS= is passed on)
 	$(BIN)/python -m pytest $(TEST_DIRS) $(PYTEST_ARGS)
 
 lint: venv ## ruff (rules and format) and mypy --strict
@@ -89,6 +92,13 @@ format: venv ## let ruff mend format and simple findings
 bench: setup ## write latency and throughput (pytest-benchmark)
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-sort=name --benchmark-columns=$(BENCH_COLUMNS) \
 	  --timeout=0 $(PYTEST_ARGS)
+
+bench-failover: ROUNDS ?= 3
+bench-failover: hosts-setup ## failover beside Debian's heartbeat, ROUNDS=3 times (as root); writes docs/failover.md
+	$(BIN)/python -m bench.failover --rounds $(ROUNDS) --write-docs
+
+test-cluster: hosts-setup ## every scenario of failover on hosts of namespaces, at length (as root)
+	REPLICA_ALL_SCENARIOS=1 $(BIN)/python -m pytest tests/hosts --timeout=0 $(PYTEST_ARGS)
 
 soak: ROUNDS ?= 60
 soak: setup ## the kill loop alone, ROUNDS=60 rounds (REPLICA_SEED= replays)

@@ -51,6 +51,12 @@ def _seconds(value: float) -> str:
     return f"{value:g}" if value >= 1 else f"{value * 1000:.0f}ms"
 
 
+def supervise(host: Host, name: str, module: str, *arguments: str) -> None:
+    """Run a program of this project on a host, and start it again when it fails, as its systemd unit says."""
+    again = 'until "$@"; do sleep 0.1; done'
+    host.spawn(name, "sh", "-c", again, "supervisor", *host.python(module, *arguments))
+
+
 class Product(Protocol):
     """How one is driven. It is configured by `HaFiles` before it is started."""
 
@@ -107,8 +113,6 @@ class Ours:
 
     name = "replica-heartbeat"
     _MODULE = "replica.heartbeat.daemon"
-    #: Starts it again, as its unit says (Restart=on-failure); $0 is the command.
-    _SUPERVISOR = 'until "$@"; do sleep 0.1; done'
 
     def __init__(self, *options: str) -> None:
         self._options = options or ("--ha-dir", _HA_DIR)
@@ -117,8 +121,7 @@ class Ours:
         return "" if shutil.which("ip") else "iproute2 is not installed"
 
     def start(self, host: Host) -> None:
-        command = map(str, host.python(self._MODULE, *self._options))
-        host.spawn("replica-heartbeat", "sh", "-c", self._SUPERVISOR, "supervisor", *command)
+        supervise(host, "replica-heartbeat", self._MODULE, *self._options)
 
     def stop(self, host: Host) -> None:
         host.signal(signal.SIGTERM, f"{Host.interpreter} -m {self._MODULE}")

@@ -91,6 +91,16 @@ def test_an_announcement_names_its_holder_and_a_question_does_not(address: neigh
     assert neighbours.holder(neighbours.question(MAC, address), address) is None
 
 
+@pytest.mark.parametrize("address", [IPv4Address("10.77.0.50"), IPv6Address("2001:db8::50")])
+def test_a_question_tells_who_is_about_to_take_the_address(address: neighbours.Address) -> None:
+    frame = neighbours.question(MAC, address)
+    assert neighbours.contender(frame + bytes(18), address) == MAC  # Ethernet frames are padded
+    assert neighbours.contender(frame, address + 1) is None
+    assert {neighbours.contender(frame[:length], address) for length in range(len(frame))} == {None}
+    for said in neighbours.announcements(MAC, address):
+        assert neighbours.contender(said, address) is None
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -176,6 +186,39 @@ def test_what_another_machine_has_is_not_taken(address: str, monkeypatch: pytest
 
     with neighbour() as host:
         run(work())
+
+
+#: Answers a question about an address by asking itself; says how often it was asked after that.
+_RIVAL = """
+import ipaddress, sys
+from replica.heartbeat.agents import neighbours
+address, mac = ipaddress.ip_address(sys.argv[1]), bytes.fromhex(sys.argv[2])
+network = neighbours.open_network("eth0", address)
+network.settimeout(1)
+print("ready", flush=True)
+asked = 0
+try:
+    while True:
+        if neighbours.contender(network.recv(2048), address) == bytes.fromhex("020000000001"):
+            if not asked:
+                network.send(neighbours.question(mac, address))
+            asked += 1
+except TimeoutError:
+    print(asked, flush=True)
+"""
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("address", [V4, V6])
+@pytest.mark.parametrize(("rival", "found"), [("020000000002", None), ("020000000000", bytes.fromhex("020000000000"))])
+@own_network
+def test_of_two_that_ask_at_once_one_gives_way(address: str, rival: str, found: bytes | None) -> None:
+    plain = ip_address(address.partition("/")[0])
+    with neighbour() as host, printing(*host.inside(sys.executable, "-c", _RIVAL, str(plain), rival)) as said:
+        assert said.readline() == "ready\n"
+        assert run(neighbours.find_holder("eth0", MAC, plain, [MAC])) == found
+        asked = int(said.readline())
+        assert asked == len(neighbours.PROBES_S) + 1 if found is None else asked >= 1
 
 
 @pytest.mark.root

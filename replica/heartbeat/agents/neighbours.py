@@ -36,6 +36,11 @@ _RECEIVE_BYTES: Final = 2048
 #: What one turn of the event loop reads at most.
 _FRAMES_AT_ONCE: Final = 32
 _SO_ATTACH_FILTER: Final = 26
+# linux/if_packet.h
+_SOL_PACKET: Final = 263
+_PACKET_ADD_MEMBERSHIP: Final = 1
+_PACKET_MR_MULTICAST: Final = 0
+_PACKET_MREQ: Final = struct.Struct("iHH8s")
 
 
 def question(mac: bytes, address: Address) -> bytes:
@@ -81,6 +86,15 @@ def holder(frame: bytes, address: Address) -> bytes | None:
     return bytes(source) if told else None
 
 
+def contender(frame: bytes, address: Address) -> bytes | None:
+    """The MAC of who sends such a `question` about the address, to take it if nobody has it; None for other frames."""
+    if len(frame) < _ETHERNET.size:
+        return None
+    _, source, _ = _ETHERNET.unpack_from(frame)
+    expected = question(source, address)  # which is the same whoever sends it, but for the sender
+    return bytes(source) if frame[: len(expected)] == expected else None
+
+
 def mac_text(mac: bytes) -> str:
     """ "02:00:00:00:00:01" """
     return mac.hex(":")
@@ -108,8 +122,10 @@ def open_network(interface: str, address: Address) -> socket.socket:
     network = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, 0)
     try:
         if kind == _IPV6:
-            _only_advertisements(network)
+            _only_neighbour_discovery(network)
         network.bind((interface, kind))
+        if isinstance(address, IPv6Address):
+            _hear_questions(network, interface, address)
     except BaseException:
         network.close()
         raise
@@ -125,7 +141,8 @@ def announce(network: socket.socket, mac: bytes, address: Address) -> None:
 
 async def find_holder(interface: str, mac: bytes, address: Address, ours: Collection[bytes]) -> bytes | None:
     """Ask the network who has the address: a MAC that is none of `ours`, as soon as it answers; None when nobody does
-    within `PROBE_END_S`. Raises OSError.
+    within `PROBE_END_S`. Of two that ask at the same time, the one with the lower MAC gets None, the other one that MAC
+    (RFC 5227, 2.1.1 and RFC 4862, 5.4.3 would have both give way). Raises OSError.
     """
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[bytes] = loop.create_future()
@@ -134,7 +151,13 @@ async def find_holder(interface: str, mac: bytes, address: Address, ours: Collec
     def receive() -> None:
         with contextlib.suppress(OSError):  # nothing more is there, or the interface went down
             for _ in range(_FRAMES_AT_ONCE):
-                found = holder(network.recv(_RECEIVE_BYTES), address)
+                received = network.recv(_RECEIVE_BYTES)
+                found, rival = holder(received, address), contender(received, address)
+                if rival is not None and rival not in ours:
+                    if rival > mac:
+                        ask()  # so that it gives way, even if it has begun after our last question
+                    else:
+                        found = rival
                 if found is not None and found not in ours and not answer.done():
                     answer.set_result(found)
 
@@ -157,15 +180,23 @@ async def find_holder(interface: str, mac: bytes, address: Address, ours: Collec
             loop.remove_reader(network.fileno())
 
 
-def _only_advertisements(network: socket.socket) -> None:
+def _only_neighbour_discovery(network: socket.socket) -> None:
     """Let the kernel drop all other IPv6 packets, of which there may be many (BPF, linux/filter.h)."""
     program = (
         (0x30, 0, 0, _ETHERNET.size + 6),  # load the byte "next header"
-        (0x15, 0, 3, _ICMPV6),
+        (0x15, 0, 4, _ICMPV6),
         (0x30, 0, 0, _ETHERNET.size + _IPV6_HEADER.size),  # load the byte "type"
-        (0x15, 0, 1, _ADVERTISEMENT),
+        (0x15, 1, 0, _ADVERTISEMENT),
+        (0x15, 0, 1, _SOLICITATION),
         (0x06, 0, 0, 0xFFFF),  # take it
         (0x06, 0, 0, 0),  # drop it
     )
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in program))
     network.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", len(program), ctypes.addressof(code)))
+
+
+def _hear_questions(network: socket.socket, interface: str, address: IPv6Address) -> None:
+    """Have the card take frames for the group that questions about the address go to, as if the address were here."""
+    group = question(bytes(6), address)[:6]
+    membership = _PACKET_MREQ.pack(socket.if_nametoindex(interface), _PACKET_MR_MULTICAST, len(group), group)
+    network.setsockopt(_SOL_PACKET, _PACKET_ADD_MEMBERSHIP, membership)
