@@ -206,7 +206,9 @@ def test_defaults(write: Callable[[str], Path]) -> None:
     settings = load_heartbeat(write(BASE + "[heartbeat]\n"), "node2")
     assert settings.paths == (PathSettings(PathKind.UNICAST, "", "192.168.2.44", local="192.168.2.45"),)
     assert settings.timing == Timing()
-    assert (settings.groups, settings.pings, settings.fencing, settings.warnings) == ((), (), {}, ())
+    assert (settings.groups, settings.pings, settings.fencing) == ((), (), {})
+    nothing = "no group is described: node2 hears whether node1 is alive, and starts nothing"
+    assert [warning.rpartition("toml: ")[2] for warning in settings.warnings] == [nothing]
     assert settings.auto_failback
     assert not settings.promote_without_fencing
     assert settings.logging == Logging()
@@ -264,7 +266,7 @@ def test_the_secret_is_only_read_when_needed(write: Callable[[str], Path], tmp_p
 
 
 def test_a_file_of_heartbeat_has_the_key(write: Callable[[str], Path], tmp_path: Path) -> None:
-    file = write(BASE + '[heartbeat]\nauthkeys = "authkeys"\n')
+    file = write(BASE + '[heartbeat]\nauthkeys = "authkeys"\n' + FULL[FULL.index("[[group]]") :])
     (tmp_path / "cluster.key").unlink()
     keys = tmp_path / "authkeys"
     keys.write_text("auth 2\n1 crc\n2 sha1 a-key-that-is-long-enough\n")
