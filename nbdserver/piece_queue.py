@@ -7,7 +7,7 @@ from typing import Final
 Buffer = bytes | bytearray | memoryview
 
 #: The longest piece. What is shorter is joined, what is longer is cut.
-PIECE_BYTES: Final = 128 * 1024
+PIECE_BYTES: Final = 256 * 1024
 #: What is shorter is copied: as an object of its own it would take several times its size.
 _SMALL_BYTES: Final = 4096
 

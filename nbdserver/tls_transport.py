@@ -16,7 +16,7 @@ from typing import Any, Final, cast
 from nbdserver.piece_queue import PIECE_BYTES, Buffer, PieceQueue
 
 _RECEIVE_BYTES: Final = 128 * 1024
-#: At most so much (and a piece) is encrypted before the socket takes it.
+#: At most so much (and two pieces) is encrypted before the socket takes it.
 _AHEAD_BYTES: Final = 512 * 1024
 #: What TLS itself has to answer (to requests for new keys) while the other side takes nothing: some 2400 answers.
 _OWN_BYTES: Final = 64 * 1024
@@ -68,7 +68,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         self._pumping = False
         self._deaf = False  # what arrives is thrown away
         self._waiting = PieceQueue()  # not encrypted yet
-        self._below_is_full = False
+        self._below_is_paused = False
         self._own_bytes = 0  # answered by TLS itself since then
         self._above_is_paused = False
         self._mute = False  # nothing more is taken from above
@@ -152,13 +152,13 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
             above.connection_lost(self._failure or exc)
 
     def pause_writing(self) -> None:
-        self._below_is_full = True
+        self._below_is_paused = True
 
     def resume_writing(self) -> None:
-        self._below_is_full = False
+        self._below_is_paused = False
         self._own_bytes = 0
         self._send_waiting()
-        if self._waiting or self._below_is_full:
+        if self._waiting or self._below_is_paused:
             return
         if self._last is not None:
             last, self._last = self._last, None
@@ -186,7 +186,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
 
     def _answer(self) -> None:
         """Send what TLS itself has to say. Without a bound, whoever asks and does not listen would fill the memory."""
-        if self._below_is_full:
+        if self._below_is_paused:
             self._own_bytes += self._outgoing.pending
             if self._own_bytes > _OWN_BYTES:
                 self._break(TlsFailure("it asks for new keys without end"))
@@ -259,20 +259,28 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
             return
         buffers = tuple(list_of_data)
         size_bytes = sum(map(len, buffers))
-        if self._waiting or self._below_is_full or size_bytes > PIECE_BYTES:
+        if self._waiting or size_bytes > PIECE_BYTES or not self._below_has_room():
             self._waiting.put(buffers)
             self._send_waiting()
         elif size_bytes:
             self._encrypt(b"".join(buffers))  # one piece: every write to TLS begins a record of its own
-        if self._below_is_full and not self._above_is_paused and self.get_write_buffer_size() > self._high_bytes:
+            self._send_down()
+        if self._below_is_paused and not self._above_is_paused and self.get_write_buffer_size() > self._high_bytes:
             self._above_is_paused = True
             if self._above is not None:
                 self._above.pause_writing()
 
     def _send_waiting(self) -> None:
         """Encrypt what waits, as far as the transport below takes it."""
-        while self._waiting and not self._below_is_full and not self._below.is_closing():
+        while self._waiting and self._below_has_room():
             self._encrypt(self._waiting.take())
+            if not self._waiting or self._outgoing.pending >= PIECE_BYTES:
+                self._send_down()
+
+    def _below_has_room(self) -> bool:
+        if self._below.is_closing():
+            return False
+        return not self._below_is_paused or self._below.get_write_buffer_size() < _AHEAD_BYTES
 
     def _encrypt(self, piece: Buffer) -> None:
         view = memoryview(piece)
@@ -281,8 +289,6 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
                 view = view[self._tls.write(view) :]
         except ssl.SSLError as error:
             self._break(TlsFailure(_words(error)))
-            return
-        self._send_down()
 
     def _send_down(self) -> None:
         if self._outgoing.pending and not self._below.is_closing():
