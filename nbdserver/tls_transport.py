@@ -138,6 +138,9 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
     def eof_received(self) -> bool:
         if self._shaking:
             self._fail(TlsFailure("it hung up during the TLS handshake"))
+        elif not self._deaf:
+            # Closing sends what is on its way; a side that does not take that must not keep the connection.
+            asyncio.get_running_loop().call_later(_LINGER_S, self._below.abort)
         return self._keep_open or self._last is not None
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -255,7 +258,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         self.writelines((data,))
 
     def writelines(self, list_of_data: Iterable[Buffer]) -> None:
-        if self._mute:
+        if self._mute or self._below.is_closing():
             return
         buffers = tuple(list_of_data)
         size_bytes = sum(map(len, buffers))

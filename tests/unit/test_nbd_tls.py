@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import socket
 import ssl
 import struct
 from pathlib import Path
@@ -130,7 +131,8 @@ class ByHand:
                 while self.outgoing.pending:
                     self.writer.write(self.outgoing.read(self.most))
                     await asyncio.sleep(0)
-            self.incoming.write(await self.reader.read(self.most))
+            data = await self.reader.read(self.most)
+            self.incoming.write(data) if data else self.incoming.write_eof()
 
 
 APPLICATION_DATA, HANDSHAKE = 23, 22
@@ -557,6 +559,22 @@ def test_a_client_that_says_goodbye_at_once_gets_what_it_asked_for(run, trusted)
     run(scenario)
 
 
+def test_a_client_that_cuts_its_direction_and_takes_nothing_is_dropped(run, trusted):
+    """An end without close_notify is none that TLS knows of; nobody waits for such a client to take its replies."""
+
+    async def scenario(bench):
+        client = await (await TlsClient.greet(bench.path, limit=4096)).secure(trusted)
+        client.writer.transport.pause_reading()
+        client.send(*(request(c.CMD_READ, n, 0, MIB) for n in range(8)))
+        await bench.disk.until(lambda: any(call[0] == "read_now" for call in bench.disk.calls))
+        with socket.socket(fileno=os.dup(client.writer.transport.get_extra_info("socket").fileno())) as same:
+            same.shutdown(socket.SHUT_WR)
+        await bench.disk.until(lambda: ("closed",) in bench.disk.calls)
+        client.writer.close()
+
+    run(scenario, limits=Limits(unsent_reply_bytes=32 * MIB))
+
+
 def test_a_client_that_asks_for_new_keys_and_takes_no_answer_is_dropped(run, authority, tmp_path, caplog):
     """Each request for new keys (RFC 8446, section 4.6.3) is answered, by TLS itself."""
 
@@ -582,10 +600,16 @@ def test_a_client_that_asks_for_new_keys_and_takes_no_answer_is_dropped(run, aut
 
 
 def test_a_broken_record_ends_the_connection(run, trusted, caplog):
+    """And the client is told why, by an alert, before it is hung up on."""
+
     async def scenario(bench):
-        client = await (await TlsClient.greet(bench.path)).secure(trusted)
-        raw = client.writer.transport.get_extra_info("socket")
-        os.write(raw.fileno(), b"\x17\x03\x03\x00\x20" + bytes(32))
+        client = await ByHand.start(bench.path, trusted)
+        await client.step(client.tls.do_handshake)
+        await client.step(client.tls.write, option(c.OPT_EXPORT_NAME))
+        assert len(await client.step(client.tls.read, 10)) == 10
+        client.writer.write(b"\x17\x03\x03\x00\x20" + bytes(32))
+        with pytest.raises(ssl.SSLError, match="BAD_RECORD_MAC"):
+            await client.step(client.tls.read, 1)
         await bench.disk.until(lambda: ("closed",) in bench.disk.calls)
         client.writer.close()
 
