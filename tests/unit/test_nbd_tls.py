@@ -507,6 +507,31 @@ def test_input_waits_while_too_much_is_in_flight(run, trusted):
     run(scenario, limits=Limits(in_flight_bytes=MIB))
 
 
+@pytest.mark.parametrize("unsent_bytes", [0, 64 * 1024, 2 * MIB])
+def test_no_more_is_executed_than_the_client_takes(run, trusted, unsent_bytes):
+    """What waits to be encrypted counts like what waits for the socket; when it is sent, the rest is executed."""
+
+    async def scenario(bench):
+        bench.disk.data[:] = data = os.urandom(len(bench.disk.data))
+        client = await (await TlsClient.greet(bench.path, limit=4096)).secure(trusted)
+        client.writer.transport.pause_reading()
+        count, length = 30, MIB // 2
+        client.send(*(request(c.CMD_READ, n, n * length, length) for n in range(count)))
+        reads = [("read_now", n * length, length) for n in range(count)]
+        await bench.disk.until(lambda: reads[0] in bench.disk.calls)
+        other = await (await TlsClient.greet(bench.path)).secure(trusted)
+        other.send(request(c.CMD_READ, 1, 0, 4096))
+        assert await other.reply(4096) == (1, 0, data[:4096])
+        assert len([call for call in bench.disk.calls if call in reads]) < count // 2
+        client.writer.transport.resume_reading()
+        for n in range(count):
+            assert await client.reply(length) == (n, 0, data[n * length : (n + 1) * length])
+        for one in (client, other):
+            one.writer.close()
+
+    run(scenario, limits=Limits(unsent_reply_bytes=unsent_bytes))
+
+
 def test_a_client_that_ends_its_direction_gets_its_replies(run, trusted):
     """close_notify, which is a half close: asyncio's own TLS could not do that."""
 
