@@ -69,7 +69,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         self._deaf = False  # what arrives is thrown away
         self._waiting = PieceQueue()  # not encrypted yet
         self._below_is_paused = False
-        self._own_bytes = 0  # answered by TLS itself since then
+        self._own_bytes = 0  # what TLS itself has answered since it is
         self._above_is_paused = False
         self._mute = False  # nothing more is taken from above
         self._last: Callable[[], None] | None = None  # to be done when nothing is waiting any more
