@@ -1,6 +1,7 @@
 """Finding the Primary and opening connections to it: blocking, bounded in time, for threads."""
 
 import contextlib
+import errno
 import os
 import socket
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -18,6 +19,8 @@ CLAIM_TIMEOUT_S = 12.0
 #: When one node serves: how long the answer of the one that did so last is waited for.
 _LAST_SERVER_GRACE_S = 0.5
 _SILENT = "does not answer"
+#: Said by this machine or a router when a machine is off or its cable is cut; nothing is known of the server.
+_NO_WAY = frozenset({errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN, errno.ETIMEDOUT})
 _OTHER_PAST = "it serves a past that this client has left (split brain), demote it"
 
 
@@ -45,7 +48,7 @@ class Link:
 
 
 def ask(place: Place, export: str) -> str | None:
-    """None if the export can be opened there now, else why not. Raises TimeoutError when nothing answers."""
+    """None if the export can be opened there now, else why not. Raises TimeoutError when the server does not answer."""
     try:
         with _connect(place, PROBE_TIMEOUT_S) as connection:
             shaker = Shaker(connection, PROBE_TIMEOUT_S)
@@ -56,8 +59,15 @@ def ask(place: Place, export: str) -> str | None:
     except (NbdRefused, NbdLost) as error:
         return str(error)
     except OSError as error:
+        if is_silence(error):
+            raise TimeoutError from None
         return error.strerror or str(error)
     return None
+
+
+def is_silence(error: OSError) -> bool:
+    """Whether a connection failed so that the server, or its machine, has said nothing."""
+    return isinstance(error, TimeoutError) or error.errno in _NO_WAY
 
 
 def find(candidates: list[Place], export: str, trust: Trust) -> Place:
@@ -109,7 +119,7 @@ def open_links(place: Place, export: str, identity: ClientIdentity, count: int) 
         for link in links:
             link.drop()
         if isinstance(error, (OSError, NbdRefused, NbdLost)):
-            why = _SILENT if isinstance(error, TimeoutError) else str(error)
+            why = _SILENT if isinstance(error, OSError) and is_silence(error) else str(error)
             raise NobodyServes(places.nobody_serves(export, {place: why})) from None
         raise
     return links

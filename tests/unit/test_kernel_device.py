@@ -207,6 +207,21 @@ def test_a_node_that_was_left_is_used_again_only_after_it_was_seen_not_to_serve(
     assert trust.choose([TWO]) is None
 
 
+@pytest.mark.parametrize(
+    ("error", "silent"),
+    [
+        (TimeoutError(), True),
+        (OSError(errno.EHOSTUNREACH, ""), True),  # the machine is off, or its cable is cut
+        (OSError(errno.ENETUNREACH, ""), True),
+        (OSError(errno.ECONNREFUSED, ""), False),  # the machine is up, and its server is not
+        (OSError(errno.ECONNRESET, ""), False),
+        (OSError(errno.ENOENT, ""), False),  # a unix socket
+    ],
+)
+def test_what_the_network_says_is_no_answer_of_the_server(error: OSError, silent: bool) -> None:
+    assert finder.is_silence(error) == silent
+
+
 def test_delays_grow_up_to_a_limit() -> None:
     delays, delay_s = [], 0.0
     for _ in range(7):
