@@ -80,6 +80,10 @@ class Trust:
         """It was asked, and does not serve."""
         self.left.discard(place)
 
+    def copy(self) -> "Trust":
+        """As it is now."""
+        return Trust(self.last, set(self.left))
+
 
 def nobody_serves(resource: str, answers: Mapping[Place, str]) -> str:
     """The sentence when no place opens the export; `answers` says why not."""
@@ -88,6 +92,16 @@ def nobody_serves(resource: str, answers: Mapping[Place, str]) -> str:
     if all(place.unix_path is not None or _is_loopback(place.host) for place in answers):
         hint += ", or let `nbd` in the configuration be an address that this machine reaches"
     return f"nobody serves {resource} ({reasons}): {hint}"
+
+
+def too_small(place: Place, size_bytes: int, device: str, device_bytes: int) -> str | None:
+    """Why a device cannot go on with this volume, None if it can: what lies behind its end would be gone."""
+    if size_bytes >= device_bytes:
+        return None
+    return (
+        f"{place} serves {size_bytes} bytes, but {device} has {device_bytes}: a device does not shrink; serve the old "
+        f"volume, or unmap {device} and map it again"
+    )
 
 
 def _is_loopback(host: str) -> bool:

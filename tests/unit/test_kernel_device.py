@@ -199,8 +199,10 @@ def test_a_node_that_was_left_is_used_again_only_after_it_was_seen_not_to_serve(
     trust.moved(ONE)
     trust.moved(ONE)
     assert trust.choose([ONE]) == ONE
+    before = trust.copy()
     trust.moved(TWO)
     assert trust.choose([ONE]) is None
+    assert before.choose([ONE]) == ONE
     trust.seen_idle(ONE)
     assert trust.choose([ONE]) == ONE
     trust.moved(ONE)
@@ -220,6 +222,13 @@ def test_a_node_that_was_left_is_used_again_only_after_it_was_seen_not_to_serve(
 )
 def test_what_the_network_says_is_no_answer_of_the_server(error: OSError, silent: bool) -> None:
     assert finder.is_silence(error) == silent
+
+
+@pytest.mark.parametrize(("size_bytes", "refused"), [(4096, True), (8191, True), (8192, False), (1 << 40, False)])
+def test_a_device_does_not_shrink(size_bytes: int, refused: bool) -> None:
+    sentence = places.too_small(ONE, size_bytes, "/dev/nbd0", 8192)
+    assert (sentence is not None) == refused
+    assert sentence is None or f"node1 (a:1) serves {size_bytes} bytes, but /dev/nbd0 has 8192" in sentence
 
 
 def test_delays_grow_up_to_a_limit() -> None:
