@@ -48,7 +48,7 @@ class Link:
 
 
 def ask(place: Place, export: str) -> str | None:
-    """None if the export can be opened there now, else why not. Raises TimeoutError when the server does not answer."""
+    """None if the export can be opened there now, else why not. Raises TimeoutError when nothing answers."""
     try:
         with _connect(place, PROBE_TIMEOUT_S) as connection:
             shaker = Shaker(connection, PROBE_TIMEOUT_S)
@@ -119,7 +119,7 @@ def open_links(place: Place, export: str, identity: ClientIdentity, count: int) 
         for link in links:
             link.drop()
         if isinstance(error, (OSError, NbdRefused, NbdLost)):
-            why = _SILENT if isinstance(error, OSError) and is_silence(error) else str(error)
+            why = _SILENT if isinstance(error, TimeoutError) else str(error)
             raise NobodyServes(places.nobody_serves(export, {place: why})) from None
         raise
     return links

@@ -14,7 +14,7 @@ import pytest
 from tests.cluster.cluster import MIB
 from tests.vm.machine import PATIENCE_S, need_image
 from tests.vm.pair import Node, Pair
-from tests.vm.two_in_one import TwoInOne, begin_exercise
+from tests.vm.two_in_one import TwoInOne, begin_exercise, verifying_fio
 
 _DEVICE = "/dev/nbd0"
 _FOLDER = "/mnt/volume"
@@ -196,6 +196,31 @@ def test_what_nbd_client_attached_is_adopted(both: TwoInOne, rng: random.Random)
     both.wait("node1", connection="Connected")
     both.ctl("node1", "promote")
     _report("adopted", both.end_exercise())
+    both.wait_in_sync()
+    _check(both, "ext4")
+
+
+def test_what_nbd_client_attached_is_adopted_under_load(both: TwoInOne, rng: random.Random) -> None:
+    both.sh(
+        f"""
+        modprobe nbd
+        nbd-client 127.0.0.1 10809 {_DEVICE} -N r0
+        mkfs.ext4 -q -F {_DEVICE}
+        mkdir -p {_FOLDER}
+        mount {_DEVICE} {_FOLDER}
+        """
+    )
+    both.begin("fio", *verifying_fio(_FOLDER, rng.randrange(1 << 30), 30))
+    both.sh(f"until [ -s {_FOLDER}/verify.0.0 ]; do sleep 0.1; done")
+    both.begin_exercise(_FOLDER, rng.randrange(1 << 30), 25)
+    both.cli("node1", "map", "r0", _DEVICE, "--adopt", *_WAIT, *_MOUNT, *_QUICK)
+    both.signal("node1", signal.SIGKILL)
+    both.wait("node2", connection="Connecting")
+    both.ctl("node2", "promote")
+    _await_in_log(both, "goes on after")
+    _report("adopted under load", both.end_exercise())
+    assert "err= 0" in both.end("fio")
+    both.start("node1")
     both.wait_in_sync()
     _check(both, "ext4")
 

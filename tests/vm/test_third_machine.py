@@ -12,16 +12,11 @@ import pytest
 from tests.cluster.cluster import MIB
 from tests.vm.machine import need_image
 from tests.vm.pair import ClientMachine, Node, Pair
-from tests.vm.two_in_one import begin_exercise
+from tests.vm.two_in_one import begin_exercise, verifying_fio
 
 _DEVICE = "/dev/nbd0"
 _FOLDER = "/mnt/volume"
 _MAP = ("map", "r0", _DEVICE, "--timeout", "80", "--request-timeout", "2")
-_FIO = (
-    f"exec fio --name=verify --directory={_FOLDER} --size=8M --rw=randwrite --bsrange=4k-64k --direct=1 "
-    "--ioengine=libaio --iodepth=4 --rate_iops=20 --time_based --runtime=25 --verify=crc32c --verify_fatal=1 "
-    "--randseed={seed}"
-)
 _SIZE_BYTES = 64 * MIB
 _SETTINGS = {"protocol": '"C"', "nbd": '"0.0.0.0:10809"', "timeout": "5", "connect_interval": "0.2"}
 
@@ -127,7 +122,7 @@ def test_the_primarys_machine_loses_power(three: Three, rng: random.Random) -> N
     client.sh("! grep -q $(uname -n) /run/replica/replica.toml; ! test -e /run/replica/cluster.key")
     three.map_new()
     three.exercise(rng, 30)
-    client.begin("fio", "sh", "-c", _FIO.format(seed=rng.randrange(1 << 30)))
+    client.begin("fio", *verifying_fio(_FOLDER, rng.randrange(1 << 30), 25))
     client.sh(f"until [ -s {_FOLDER}/verify.0.0 ]; do sleep 0.1; done")
     one.machine.power_cut()
     two.wait_alone()
