@@ -48,7 +48,7 @@ class Three:
         node.machine.call("tests.vm.operate:signal", node=node.name, number=int(number))
 
     def await_moved(self, count: int, to: Node) -> None:
-        """Until probes had no answer, and the device went on with this node, that time after `count`."""
+        """Until probes had no answer for the `count`th time, and the device went on with this node."""
         self.client.await_log("the server does not answer", count)
         self.client.await_log("goes on after", count)
         assert f"attached to {to.name}" in self.client.cli("map", "--list")
