@@ -97,7 +97,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
             return
         except ssl.SSLError as error:
             self._send_down()  # the alert
-            self._fail(TlsFailure(_words(error)))
+            self._fail(TlsFailure(words(error)))
             return
         self._send_down()
         self._shaking = False
@@ -217,7 +217,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         except ssl.SSLZeroReturnError:
             ended = True
         except ssl.SSLError as error:
-            failure = TlsFailure(_words(error))
+            failure = TlsFailure(words(error))
         if filled:
             above.buffer_updated(filled)
         if failure is not None:
@@ -291,7 +291,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
             while view:
                 view = view[self._tls.write(view) :]
         except ssl.SSLError as error:
-            self._break(TlsFailure(_words(error)))
+            self._break(TlsFailure(words(error)))
 
     def _send_down(self) -> None:
         if self._outgoing.pending and not self._below.is_closing():
@@ -375,7 +375,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         self._below.abort()
 
 
-def _words(error: ssl.SSLError) -> str:
+def words(error: ssl.SSLError) -> str:
     """What was wrong, without OpenSSL's numbers."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is refused ({error.verify_message})"

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 from replica import config_values as values
 from replica.config_file import ConfigError, ConfigFile, Table, suggestion
-from replica.config_tls import Tls, link_tls, nbd_tls
+from replica.config_tls import Tls, client_tls, link_tls, nbd_tls
 from replica.config_values import Listen, NbdTls, TlsPaths
 from replica.hooks import MAX_TIMEOUT_S, MIN_TIMEOUT_S, Event, HookSettings
+from replica.nbd_client_tls import ClientTls
 from replica.split_brain import Policies
 from replica.toml_lines import KeyPath
 
@@ -95,6 +96,7 @@ class Config:
     #: Whether this machine is `node`. It is not where only a client runs, and `node` is then one of the two.
     is_member: bool = True
     tls: Tls | None = None  # of the peer link; None: off
+    client_tls: ClientTls | None = None  # of the NBD clients that run on this machine
 
     def resource(self, name: str | None = None) -> Resource:
         """The resource ``name``, or the only one when ``name`` is None; raises `ConfigError`."""
@@ -193,7 +195,10 @@ def load_config(
     cluster = _read_cluster(cluster_table, need_secret)
     resources = {name: _with_tls(file, resource, need_secret) for name, resource in resources.items()}
     tls = _read_link_tls(cluster_table, here, peer, need_secret)
-    return Config(file.path, cluster, here, peer, resources, is_member, tls)
+    clients = None
+    if "client-tls" in cluster_table.items:
+        clients = client_tls(file, cluster_table.value("client-tls", values.client_tls), _node_name(node))
+    return Config(file.path, cluster, here, peer, resources, is_member, tls, clients)
 
 
 def _read_nodes(file: ConfigFile, top: Table) -> dict[str, Node]:
@@ -226,7 +231,7 @@ def _node_name(name: str | None) -> str:
 
 
 def _read_cluster(table: Table, need_secret: bool) -> Cluster:
-    table.check_keys(("name", "secret-file", "state-dir", "run-dir", "tls"))
+    table.check_keys(("name", "secret-file", "state-dir", "run-dir", "tls", "client-tls"))
     file = table.file
     name = table.value("name", values.name, "name the cluster")
     secret_file = file.resolve(table.value("secret-file", values.text, "name the file of the shared secret"))

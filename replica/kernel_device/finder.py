@@ -4,14 +4,17 @@ import contextlib
 import errno
 import os
 import socket
+import ssl
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from nbdserver.client_identity import ClientIdentity
+from nbdserver.tls import TlsFileError
 from replica.errors import ReplicaError
-from replica.kernel_device import places
+from replica.kernel_device import places, relay
 from replica.kernel_device.places import Place, Trust
-from replica.nbd_handshake import ExportInfo, NbdLost, NbdRefused, Shaker
+from replica.nbd_handshake import ExportInfo, NbdLost, NbdRefused, NbdUnproven, Shaker
 
 PROBE_TIMEOUT_S = 3.0
 #: A claim waits for what the server executes, up to the server's own limit for a handshake (10 s).
@@ -30,7 +33,7 @@ class NobodyServes(ReplicaError):
 
 @dataclass(frozen=True)
 class Link:
-    """A connection in the transmission phase, for the kernel."""
+    """A connection in the transmission phase, for the kernel: to the server, or to a relay that speaks TLS with it."""
 
     socket: socket.socket
     place: Place
@@ -48,13 +51,14 @@ class Link:
 
 
 def ask(place: Place, export: str) -> str | None:
-    """None if the export can be opened there now, else why not. Raises TimeoutError when nothing answers."""
+    """None if the export can be opened there now, else why not.
+
+    Raises TimeoutError when nothing answers, `NbdUnproven` when what answers is not known to be that node.
+    """
     try:
-        with _connect(place, PROBE_TIMEOUT_S) as connection:
-            shaker = Shaker(connection, PROBE_TIMEOUT_S)
-            shaker.greet()
+        with _shaking(place, PROBE_TIMEOUT_S) as shaker:
             shaker.info(export)
-    except TimeoutError:
+    except (TimeoutError, NbdUnproven):
         raise
     except (NbdRefused, NbdLost) as error:
         return str(error)
@@ -73,11 +77,13 @@ def is_silence(error: OSError) -> bool:
 def find(candidates: list[Place], export: str, trust: Trust) -> Place:
     """Who serves the export, and notes in `trust` what was seen; raises `NobodyServes`. All are asked at once."""
 
-    def answer(place: Place) -> str | None:
+    def answer(place: Place) -> tuple[str | None, bool]:
         try:
-            return ask(place, export)
+            return ask(place, export), True
         except TimeoutError:
-            return _SILENT
+            return _SILENT, False
+        except NbdUnproven as error:
+            return str(error), False
 
     pool = ThreadPoolExecutor(len(candidates))
     asked = {pool.submit(answer, place): place for place in candidates}
@@ -85,12 +91,14 @@ def find(candidates: list[Place], export: str, trust: Trust) -> Place:
     waiting, timeout_s = set(asked), None
     serving: list[Place] = []
     refusals: dict[Place, str] = {}
+    idle: list[Place] = []
     while waiting and trust.last not in serving:
         done, waiting = wait(waiting, timeout_s, FIRST_COMPLETED)
         for each in done:
-            place, refusal = asked[each], each.result()
+            place, (refusal, is_known) = asked[each], each.result()
             if refusal is not None:
                 refusals[place] = refusal
+                idle += [place] if is_known else []
                 continue
             serving.append(place)
             if place not in trust.left:
@@ -100,9 +108,8 @@ def find(candidates: list[Place], export: str, trust: Trust) -> Place:
     chosen = trust.choose(serving)
     if chosen is not None:
         trust.moved(chosen)
-    for place, refusal in refusals.items():
-        if refusal is not _SILENT:
-            trust.seen_idle(place)
+    for place in idle:
+        trust.seen_idle(place)
     if chosen is None:
         refusals |= dict.fromkeys(serving, _OTHER_PAST)
         raise NobodyServes(places.nobody_serves(export, {place: refusals[place] for place in candidates}))
@@ -126,17 +133,27 @@ def open_links(place: Place, export: str, identity: ClientIdentity, count: int) 
 
 
 def _open(place: Place, export: str, identity: ClientIdentity) -> Link:
-    connection = _connect(place, PROBE_TIMEOUT_S)
-    try:
-        shaker = Shaker(connection, CLAIM_TIMEOUT_S)
-        shaker.greet()
+    with _shaking(place, CLAIM_TIMEOUT_S) as shaker:
         shaker.claim(identity)
         info = shaker.go(export)
-        connection.settimeout(None)
+        connection = shaker.take()
+        if isinstance(connection, ssl.SSLSocket):
+            connection = relay.start(connection, str(place))
         return Link(connection, place, info)
-    except BaseException:
-        connection.close()
-        raise
+
+
+@contextlib.contextmanager
+def _shaking(place: Place, timeout_s: float) -> Iterator[Shaker]:
+    """A connection that was greeted, and speaks TLS if that place does; it is closed at the end unless it was taken."""
+    with Shaker(_connect(place, PROBE_TIMEOUT_S), timeout_s) as shaker:
+        shaker.greet()
+        if place.tls is not None:
+            try:
+                context = place.tls.context()
+            except TlsFileError as error:
+                raise NbdUnproven(str(error)) from None
+            shaker.start_tls(context, place.node)
+        yield shaker
 
 
 def _connect(place: Place, timeout_s: float) -> socket.socket:
