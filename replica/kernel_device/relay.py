@@ -76,12 +76,10 @@ class _Flow:
         return True
 
     def finish(self) -> None:
-        """The source has ended: pass on what it had sent, within `_LINGER_S`. Raises OSError."""
+        """The source has ended: pass on what it had sent, up to the end, within `_LINGER_S`. Raises OSError."""
         deadline = time.monotonic() + _LINGER_S
         while (left_s := deadline - time.monotonic()) > 0 and self.step():
             wanted, events = self.need
-            if wanted is self.source and events:
-                return  # nothing is left there
             if events:
                 poll = select.poll()
                 poll.register(wanted, events)
@@ -114,16 +112,21 @@ class _Relay:
             log.warning("TLS with %s was broken: %s", self._name, words(error))
 
     def _until_an_end(self) -> _Flow:
-        """Returns the flow whose source has ended; raises OSError when a connection is broken."""
+        """Returns the flow whose source has ended; raises SSLError when it is not TLS any more."""
         poll = select.poll()
         for end in self._ends:
             poll.register(end, 0)
         ready = {end.fileno(): select.POLLIN for end in self._ends}
         while True:
-            for flow in self._flows:
+            for flow, other in (self._flows, self._flows[::-1]):
                 wanted, events = flow.need
-                if (not events or ready.get(wanted.fileno(), 0) & events) and not flow.step():
-                    return flow
+                try:
+                    if (not events or ready.get(wanted.fileno(), 0) & events) and not flow.step():
+                        return flow
+                except ssl.SSLError:
+                    raise
+                except OSError:
+                    return other  # nobody takes what flows here; what that side has sent before still counts
             needs = [flow.need for flow in self._flows]
             for end in self._ends:
                 poll.modify(end, needs[0][1] * (needs[0][0] is end) | needs[1][1] * (needs[1][0] is end))

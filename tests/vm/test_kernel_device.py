@@ -316,3 +316,56 @@ def test_two_machines(short_dir: Path, rng: random.Random) -> None:
             two.ctl("connect")
         pair.wait_in_sync()
         pair.check_identical()
+
+
+_TLS = 'nbd-tls = { mode = "require", cert = "certs/%n.crt", key = "certs/%n.key", ca = "certs/ca.crt" }'
+_CLIENT_TLS = 'client-tls = { ca = "certs/ca.crt", cert = "client/client-cert.pem", key = "client/client-key.pem" }'
+# PF_MEMALLOC_NOIO and PF_LOCAL_THROTTLE (linux/sched.h): what PR_SET_IO_FLUSHER sets.
+_IO_FLUSHER = 0x80000 | 0x100000
+
+
+def test_tls_across_a_killed_agent_and_a_killed_primary(both: TwoInOne, rng: random.Random) -> None:
+    def restart() -> None:
+        for node in ("node1", "node2"):
+            both.signal(node, signal.SIGKILL)
+        for node in ("node1", "node2"):
+            both.start(node)
+        both.wait("node1", connection="Connected")
+        both.ctl("node1", "promote")
+        both.wait_in_sync()
+
+    both.sh("cp /run/replica/replica.toml /run/replica/without-tls")
+    both.cli("node1", "certs")
+    both.cli("node1", "certs", "--client", "laptop")
+    both.sh(
+        f"""
+        cd /run/replica
+        mv certs/client-laptop client
+        sed -i 's|^\\[cluster\\]$|&\\n{_CLIENT_TLS}|; s|^\\[resource.r0\\]$|&\\n{_TLS}|' replica.toml
+        """
+    )
+    try:
+        restart()
+        both.sh(f"modprobe nbd; ! nbd-client 127.0.0.1 10809 {_DEVICE} -N r0 2>/tmp/refusal; cat /tmp/refusal >&2")
+        _make(both, "ext4", *_QUICK, "--connections", "2")
+        agent = "ps -eo pid,args | awk '/[k]ernel_device.agent/ { print $1 }'"
+        threads = both.sh(f"for t in /proc/$({agent})/task/*/stat; do sed 's/.*) //' $t | cut -d' ' -f7; done").split()
+        assert len(threads) > 2
+        assert all(int(flags) & _IO_FLUSHER == _IO_FLUSHER for flags in threads)
+
+        both.begin_exercise(_FOLDER, rng.randrange(1 << 30), 40)
+        both.sh(f"kill -9 $({agent})")
+        assert both.cli("node1", "map", "r0", *_WAIT, *_MOUNT, *_QUICK) == f"{_DEVICE}\n"
+        both.signal("node1", signal.SIGKILL)
+        both.wait("node2", connection="Connecting")
+        both.ctl("node2", "promote")
+        _report("TLS: killed agent, killed Primary", both.end_exercise())
+        both.start("node1")
+        both.wait_in_sync()
+        _check(both, "ext4")
+
+        client = "python3 -m replica.cli --config /run/replica/replica.toml"
+        assert both.sh(f"{client} map r0 {_DEVICE}; {client} unmap r0") == f"{_DEVICE}\n"
+    finally:
+        both.sh("mv /run/replica/without-tls /run/replica/replica.toml")
+        restart()
