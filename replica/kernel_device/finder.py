@@ -92,13 +92,17 @@ def find(candidates: list[Place], export: str, trust: Trust) -> Place:
     serving: list[Place] = []
     refusals: dict[Place, str] = {}
     idle: list[Place] = []
+    is_unproven = False
     while waiting and trust.last not in serving:
         done, waiting = wait(waiting, timeout_s, FIRST_COMPLETED)
         for each in done:
             place, (refusal, is_known) = asked[each], each.result()
             if refusal is not None:
                 refusals[place] = refusal
-                idle += [place] if is_known else []
+                if is_known:
+                    idle.append(place)
+                elif refusal is not _SILENT:
+                    is_unproven = True
                 continue
             serving.append(place)
             if place not in trust.left:
@@ -112,7 +116,8 @@ def find(candidates: list[Place], export: str, trust: Trust) -> Place:
         trust.seen_idle(place)
     if chosen is None:
         refusals |= dict.fromkeys(serving, _OTHER_PAST)
-        raise NobodyServes(places.nobody_serves(export, {place: refusals[place] for place in candidates}))
+        answers = {place: refusals[place] for place in candidates}
+        raise NobodyServes(places.nobody_serves(export, answers, is_unproven=is_unproven))
     return chosen
 
 
@@ -127,7 +132,8 @@ def open_links(place: Place, export: str, identity: ClientIdentity, count: int) 
             link.drop()
         if isinstance(error, (OSError, NbdRefused, NbdLost)):
             why = _SILENT if isinstance(error, TimeoutError) else str(error)
-            raise NobodyServes(places.nobody_serves(export, {place: why})) from None
+            is_unproven = isinstance(error, NbdUnproven)
+            raise NobodyServes(places.nobody_serves(export, {place: why}, is_unproven=is_unproven)) from None
         raise
     return links
 

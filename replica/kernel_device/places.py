@@ -31,10 +31,9 @@ class Place:
         return self.unix_path, self.host, self.port
 
     def __str__(self) -> str:
-        if self.unix_path is not None:
-            return f"{self.node} ({self.unix_path})"
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.node} ({host}:{self.port})"
+        where = f"{host}:{self.port}" if self.unix_path is None else self.unix_path
+        return f"{self.node} ({where}{', TLS' if self.tls is not None else ''})"
 
 
 def places(config: Config, resource: Resource, given: ClientTls | None = None) -> list[Place]:
@@ -114,10 +113,10 @@ class Trust:
         return Trust(self.last, set(self.left))
 
 
-def nobody_serves(resource: str, answers: Mapping[Place, str]) -> str:
-    """The sentence when no place opens the export; `answers` says why not."""
+def nobody_serves(resource: str, answers: Mapping[Place, str], *, is_unproven: bool = False) -> str:
+    """The sentence when no place opens the export; `answers` says why not; `is_unproven`: for one it is TLS."""
     reasons = "; ".join(f"{place}: {why.rstrip('.')}" for place, why in answers.items())
-    hint = "promote a node"
+    hint = "promote a node" + (", or mend TLS between it and this machine" if is_unproven else "")
     if all(place.unix_path is not None or _is_loopback(place.host) for place in answers):
         hint += ", or let `nbd` in the configuration be an address that this machine reaches"
     return f"nobody serves {resource} ({reasons}): {hint}"

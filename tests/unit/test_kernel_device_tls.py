@@ -283,6 +283,7 @@ def refused(place: Place) -> str:
     assert trust.left == {place}
     sentence = str(found.value)
     assert sentence.isprintable()
+    assert "promote a node, or mend TLS between it and this machine" in sentence
     return sentence
 
 
@@ -383,7 +384,7 @@ def test_a_client_without_a_certificate_where_none_is_asked_for(
     ):
         link.socket.sendall(request(READ, 1, 0, 512))
         assert reply(link.socket, 512) == (1, 0, bytes(512))
-        assert any(thread.name == f"relay to node1 ({server.path})" for thread in threading.enumerate())
+        assert any(thread.name == f"relay to node1 ({server.path}, TLS)" for thread in threading.enumerate())
     assert no_relay_is_left()
 
 
