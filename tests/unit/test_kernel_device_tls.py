@@ -227,7 +227,7 @@ def test_a_frozen_server_holds_no_relay_and_executes_nothing_that_was_replaced(
             (old,) = finder.open_links(place, "r0", ClientIdentity(b"k" * 16, 1), 1)
             server.send_signal(signal.SIGSTOP)
             old.socket.setblocking(False)
-            stale, taken, most = request(WRITE, 1, 0, data=b"old!" * 1024), 0, 32 * MIB
+            stale, taken, most = request(WRITE, 1, 0, data=b"old!" * 1024), 0, 4 * MIB
             poll = select.poll()
             poll.register(old.socket, select.POLLOUT)
             while poll.poll(500) and taken < most:  # until nobody takes any more

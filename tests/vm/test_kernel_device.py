@@ -319,12 +319,13 @@ def test_two_machines(short_dir: Path, rng: random.Random) -> None:
 
 
 _TLS = 'nbd-tls = { mode = "require", cert = "certs/%n.crt", key = "certs/%n.key", ca = "certs/ca.crt" }'
-_CLIENT_TLS = 'client-tls = { ca = "certs/ca.crt", cert = "client/client-cert.pem", key = "client/client-key.pem" }'
+_CLIENT_FILES = (("ca", "ca-cert.pem"), ("cert", "client-cert.pem"), ("key", "client-key.pem"))
+_CLIENT_TLS = ", ".join(f'{key} = "certs/client-%n/{file}"' for key, file in _CLIENT_FILES)
 # PF_MEMALLOC_NOIO and PF_LOCAL_THROTTLE (linux/sched.h): what PR_SET_IO_FLUSHER sets.
 _IO_FLUSHER = 0x80000 | 0x100000
 
 
-def test_tls_across_a_killed_agent_and_a_killed_primary(both: TwoInOne, rng: random.Random) -> None:
+def test_tls_across_a_killed_agent_a_frozen_server_and_a_killed_primary(both: TwoInOne, rng: random.Random) -> None:
     def restart() -> None:
         for node in ("node1", "node2"):
             both.signal(node, signal.SIGKILL)
@@ -340,8 +341,7 @@ def test_tls_across_a_killed_agent_and_a_killed_primary(both: TwoInOne, rng: ran
     both.sh(
         f"""
         cd /run/replica
-        mv certs/client-laptop client
-        sed -i 's|^\\[cluster\\]$|&\\n{_CLIENT_TLS}|; s|^\\[resource.r0\\]$|&\\n{_TLS}|' replica.toml
+        sed -i 's|^\\[cluster\\]$|&\\nclient-tls = {{ {_CLIENT_TLS} }}|; s|^\\[resource.r0\\]$|&\\n{_TLS}|' replica.toml
         """
     )
     try:
@@ -353,19 +353,26 @@ def test_tls_across_a_killed_agent_and_a_killed_primary(both: TwoInOne, rng: ran
         assert len(threads) > 2
         assert all(int(flags) & _IO_FLUSHER == _IO_FLUSHER for flags in threads)
 
-        both.begin_exercise(_FOLDER, rng.randrange(1 << 30), 40)
+        both.begin_exercise(_FOLDER, rng.randrange(1 << 30), 50)
         both.sh(f"kill -9 $({agent})")
         assert both.cli("node1", "map", "r0", *_WAIT, *_MOUNT, *_QUICK) == f"{_DEVICE}\n"
+        both.signal("node1", signal.SIGSTOP)
+        _await_in_log(both, "the connection has ended (")
+        both.signal("node1", signal.SIGCONT)
+        _await_in_log(both, "goes on after", 2)
         both.signal("node1", signal.SIGKILL)
         both.wait("node2", connection="Connecting")
         both.ctl("node2", "promote")
-        _report("TLS: killed agent, killed Primary", both.end_exercise())
+        _report("TLS: killed agent, frozen server, killed Primary", both.end_exercise())
         both.start("node1")
         both.wait_in_sync()
         _check(both, "ext4")
 
-        client = "python3 -m replica.cli --config /run/replica/replica.toml"
-        assert both.sh(f"{client} map r0 {_DEVICE}; {client} unmap r0") == f"{_DEVICE}\n"
+        client = "REPLICA_NODE=laptop python3 -m replica.cli --config /run/replica/replica.toml"
+        files = " ".join(f"--tls-{key} /run/replica/certs/client-laptop/{file}" for key, file in _CLIENT_FILES)
+        for options in ("", files):
+            assert both.sh(f"{client} map r0 {_DEVICE} {options}; {client} unmap r0") == f"{_DEVICE}\n"
+            both.sh("sed -i /^client-tls/d /run/replica/replica.toml")
     finally:
         both.sh("mv /run/replica/without-tls /run/replica/replica.toml")
         restart()
