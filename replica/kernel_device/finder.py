@@ -152,14 +152,18 @@ def _open(place: Place, export: str, identity: ClientIdentity) -> Link:
 def _shaking(place: Place, timeout_s: float) -> Iterator[Shaker]:
     """A connection that was greeted, and speaks TLS if that place does; it is closed at the end unless it was taken."""
     with Shaker(_connect(place, PROBE_TIMEOUT_S), timeout_s) as shaker:
-        shaker.greet()
-        if place.tls is not None:
-            try:
-                context = place.tls.context()
-            except TlsFileError as error:
-                raise NbdUnproven(str(error)) from None
-            shaker.start_tls(context, place.node)
-        yield shaker
+        try:
+            shaker.greet()
+            if place.tls is not None:
+                shaker.start_tls(place.tls.context(), place.node)
+            yield shaker
+        except TlsFileError as error:
+            raise NbdUnproven(str(error)) from None
+        except (NbdLost, ConnectionError) as error:
+            if place.tls is None or isinstance(error, NbdUnproven):
+                raise
+            # Anybody on the way can end a connection: that says nothing of the node.
+            raise NbdUnproven(getattr(error, "strerror", None) or str(error)) from None
 
 
 def _connect(place: Place, timeout_s: float) -> socket.socket:

@@ -374,6 +374,43 @@ def test_a_server_that_ends_in_the_tls_handshake(
         assert words in sentence
 
 
+@pytest.mark.parametrize("when", ["before TLS", "in TLS"])
+@pytest.mark.parametrize("reset", [False, True])
+def test_an_end_of_the_connection_says_nothing_of_the_node(
+    short_dir: Path, node1: TlsFiles, laptop: ClientTls, when: str, reset: bool
+) -> None:
+    path = f"{short_dir}/1"
+    context = server_tls(TlsMode.REQUIRE, node1).context
+
+    def serve() -> None:
+        for _ in range(2):
+            connection, _ = listener.accept()
+            connection.sendall(b"NBDMAGICIHAVEOPT\x00\x03")
+            exactly(connection, 4)
+            if when == "in TLS":
+                exactly(connection, 16)
+                connection.sendall(struct.pack(">QIII", c.OPTION_REPLY_MAGIC, c.OPT_STARTTLS, c.REP_ACK, 0))
+                connection = context.wrap_socket(connection, server_side=True)
+            # What was received and not read when a socket is closed makes a reset of that.
+            if reset:
+                select.select([connection], [], [], _PATIENCE_S)
+            else:
+                connection.recv(1 << 16)
+            connection.close()
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        server = threading.Thread(target=serve)
+        server.start()
+        sentence = refused(Place("node1", unix_path=path, tls=laptop))
+        # OpenSSL takes some resets for ends.
+        assert "the server closed the connection during the handshake" in sentence or (
+            reset and "Connection reset by peer" in sentence
+        )
+        server.join(_PATIENCE_S)
+
+
 def test_a_client_without_a_certificate_where_none_is_asked_for(
     short_dir: Path, authority: Authority, node1: TlsFiles
 ) -> None:
