@@ -30,7 +30,7 @@ from replica.kernel_device.places import Place, Trust, places
 from replica.nbd_client_tls import ClientTls
 from replica.nbd_handshake import NbdUnproven
 from tests.certificates import Authority
-from tests.raw_nbd import DISC, READ, WRITE, request
+from tests.raw_nbd import DISC, READ, WRITE, RawClient, request
 from tests.unit.nbd_bench import MIB, SIZE, MemoryDisk
 from tests.unit.scripted_daemon import replicactl
 
@@ -97,26 +97,15 @@ class Running:
 def opened(server: Running, tls: ClientTls, generation: int = 1) -> Iterator[Link]:
     """One connection as the kernel would be given it."""
     (link,) = finder.open_links(server.place(tls), "r0", ClientIdentity(b"k" * 16, generation), 1)
-    link.socket.settimeout(_PATIENCE_S)
     try:
         yield link
     finally:
         link.drop()
 
 
-def exactly(connection: socket.socket, length: int) -> bytes:
-    data = bytearray()
-    while len(data) < length:
-        received = connection.recv(length - len(data))
-        assert received, f"it ended after {len(data)} of {length} bytes"
-        data += received
-    return bytes(data)
-
-
-def reply(connection: socket.socket, length: int = 0) -> tuple[int, int, bytes]:
-    magic, error, cookie = struct.unpack(">IIQ", exactly(connection, 16))
-    assert magic == c.SIMPLE_REPLY_MAGIC
-    return cookie, error, exactly(connection, length)
+def raw(connection: socket.socket) -> RawClient:
+    """Over a socket that is there."""
+    return RawClient(lambda: connection)
 
 
 def has_ended(connection: socket.socket) -> bool:
@@ -155,9 +144,9 @@ def test_what_is_written_through_it_is_there_and_comes_back(
             sender.start()
             found = {}
             for _ in requests:
-                magic, error, cookie = struct.unpack(">IIQ", exactly(link.socket, 16))
+                magic, error, cookie = struct.unpack(">IIQ", raw(link.socket).receive(16))
                 assert (magic, error) == (c.SIMPLE_REPLY_MAGIC, 0)
-                found[cookie] = exactly(link.socket, lengths.get(cookie, 0))
+                found[cookie] = raw(link.socket).receive(lengths.get(cookie, 0))
             sender.join(_PATIENCE_S)
             return found
 
@@ -189,7 +178,7 @@ def test_a_server_that_drains_has_its_replies_delivered(short_dir: Path, node1: 
             await draining
 
         server.do(drain())
-        assert {reply(link.socket)[:2] for _ in range(8)} == {(n, 0) for n in range(8)}
+        assert {raw(link.socket).reply()[:2] for _ in range(8)} == {(n, 0) for n in range(8)}
         assert link.socket.recv(1) == b""
     assert no_relay_is_left()
 
@@ -226,23 +215,16 @@ def test_a_frozen_server_holds_no_relay_and_executes_nothing_that_was_replaced(
             server.stdout.readline()
             (old,) = finder.open_links(place, "r0", ClientIdentity(b"k" * 16, 1), 1)
             server.send_signal(signal.SIGSTOP)
-            old.socket.setblocking(False)
-            stale, taken, most = request(WRITE, 1, 0, data=b"old!" * 1024), 0, 4 * MIB
-            poll = select.poll()
-            poll.register(old.socket, select.POLLOUT)
-            while poll.poll(500) and taken < most:  # until nobody takes any more
-                with contextlib.suppress(BlockingIOError):
-                    taken += old.socket.send(stale[taken % len(stale) :])
-            assert taken < most
+            stale = request(WRITE, 1, 0, data=b"old!" * 1024)
+            assert raw(old.socket).push(stale, times=1024) < 1024  # until nobody takes any more
             old.drop()
             assert no_relay_is_left()
             server.send_signal(signal.SIGCONT)
             (new,) = finder.open_links(place, "r0", ClientIdentity(b"k" * 16, 2), 1)
-            new.socket.settimeout(_PATIENCE_S)
             new.socket.sendall(request(WRITE, 1, 0, data=b"new!" * 1024))
-            assert reply(new.socket) == (1, 0, b"")
+            assert raw(new.socket).reply() == (1, 0, b"")
             new.socket.sendall(request(READ, 2, 0, 4096))
-            assert reply(new.socket, 4096) == (2, 0, b"new!" * 1024)
+            assert raw(new.socket).reply(4096) == (2, 0, b"new!" * 1024)
             new.drop()
         finally:
             server.kill()
@@ -261,8 +243,7 @@ def test_broken_records_end_the_connection(
     server.join(_PATIENCE_S)
     with kernel, shaken[0] as tls:
         tls.sendall(b"good")
-        kernel.settimeout(_PATIENCE_S)
-        assert exactly(kernel, 4) == b"good"
+        assert raw(kernel).receive(4) == b"good"
         socket.socket.send(tls, b"\x17\x03\x03\x00\x20" + bytes(32))
         assert kernel.recv(1) == b""
     assert no_relay_is_left()
@@ -359,7 +340,7 @@ def test_a_server_that_ends_in_the_tls_handshake(
                 connection, _ = listener.accept()
                 with connection:
                     connection.sendall(b"NBDMAGICIHAVEOPT\x00\x03")
-                    exactly(connection, 4 + 16)
+                    raw(connection).receive(4 + 16)
                     connection.sendall(struct.pack(">QIII", c.OPTION_REPLY_MAGIC, c.OPT_STARTTLS, c.REP_ACK, 0))
                     if not reset:  # what is unread when it is closed makes a reset of it
                         connection.recv(1 << 16)
@@ -386,9 +367,9 @@ def test_an_end_of_the_connection_says_nothing_of_the_node(
         for _ in range(2):
             connection, _ = listener.accept()
             connection.sendall(b"NBDMAGICIHAVEOPT\x00\x03")
-            exactly(connection, 4)
+            raw(connection).receive(4)
             if when == "in TLS":
-                exactly(connection, 16)
+                raw(connection).receive(16)
                 connection.sendall(struct.pack(">QIII", c.OPTION_REPLY_MAGIC, c.OPT_STARTTLS, c.REP_ACK, 0))
                 connection = context.wrap_socket(connection, server_side=True)
             # What was received and not read when a socket is closed makes a reset of that.
@@ -420,7 +401,7 @@ def test_a_client_without_a_certificate_where_none_is_asked_for(
         opened(server, ClientTls(authority.ca)) as link,
     ):
         link.socket.sendall(request(READ, 1, 0, 512))
-        assert reply(link.socket, 512) == (1, 0, bytes(512))
+        assert raw(link.socket).reply(512) == (1, 0, bytes(512))
         assert any(thread.name == f"relay to node1 ({server.path}, TLS)" for thread in threading.enumerate())
     assert no_relay_is_left()
 
