@@ -231,9 +231,9 @@ def test_a_frozen_server_holds_no_relay_and_executes_nothing_that_was_replaced(
     assert file.read_bytes()[:4096] == b"new!" * 1024
 
 
-def test_broken_records_end_the_connection(
-    node1: TlsFiles, laptop: ClientTls, caplog: pytest.LogCaptureFixture
-) -> None:
+@contextlib.contextmanager
+def relayed(node1: TlsFiles, laptop: ClientTls) -> Iterator[tuple[socket.socket, ssl.SSLSocket]]:
+    """The kernel's end of a relay, and the server's of the connection behind it."""
     theirs, ours = socket.socketpair()
     context = server_tls(TlsMode.REQUIRE, node1).context
     shaken: list[ssl.SSLSocket] = []
@@ -242,12 +242,38 @@ def test_broken_records_end_the_connection(
     kernel = relay.start(laptop.context().wrap_socket(ours), "node1")
     server.join(_PATIENCE_S)
     with kernel, shaken[0] as tls:
-        tls.sendall(b"good")
-        assert raw(kernel).receive(4) == b"good"
-        socket.socket.send(tls, b"\x17\x03\x03\x00\x20" + bytes(32))
-        assert kernel.recv(1) == b""
+        yield kernel, tls
     assert no_relay_is_left()
+
+
+def test_broken_records_end_the_connection(
+    node1: TlsFiles, laptop: ClientTls, caplog: pytest.LogCaptureFixture
+) -> None:
+    with relayed(node1, laptop) as (kernel, server):
+        server.sendall(b"good")
+        assert raw(kernel).receive(4) == b"good"
+        socket.socket.send(server, b"\x17\x03\x03\x00\x20" + bytes(32))
+        assert kernel.recv(1) == b""
     assert "TLS with node1 was broken: " in caplog.text
+
+
+def test_replies_of_a_server_that_hangs_up_on_the_kernel_arrive(
+    node1: TlsFiles, laptop: ClientTls, caplog: pytest.LogCaptureFixture
+) -> None:
+    with relayed(node1, laptop) as (kernel, server):
+        kernel.sendall(b"request")
+        assert server.recv(7) == b"request"
+        # More than the kernel's end holds, so that the relay still has some of it when it finds nobody to send to.
+        replies = bytes(8) * (1 << 16)
+        sender = threading.Thread(target=lambda: (server.sendall(replies), server.close()))
+        sender.start()
+        pushing = threading.Thread(target=raw(kernel.dup()).push, args=(b"request" * 4096, 64))
+        pushing.start()
+        assert raw(kernel).receive(len(replies)) == replies
+        assert has_ended(kernel)
+        sender.join(_PATIENCE_S)
+        pushing.join(_PATIENCE_S)
+    assert "was broken" not in caplog.text
 
 
 # ── who is believed ──────────────────────────────────────────────────────────────────────────────────────────────
