@@ -16,6 +16,8 @@ from nbdserver.handshake_coding import CLIENT_FLAGS, INFO_EXPORT, OPTION, OPTION
 from nbdserver.tls_transport import words
 from replica import peer_names
 
+_CLOSED = "the server closed the connection during the handshake"
+
 
 class NbdRefused(Exception):
     """The server does not open the export now; its sentence is the message."""
@@ -147,7 +149,7 @@ class Shaker:
             with _said_plainly():
                 received = self._connection.recv(length - len(data))
             if not received:
-                raise NbdLost("the server closed the connection during the handshake")
+                raise NbdLost(_CLOSED)
             data += received
         return bytes(data)
 
@@ -163,5 +165,7 @@ def _said_plainly() -> Iterator[None]:
     """With TLS 1.3, a server that refuses the client's certificate says so only after the handshake."""
     try:
         yield
+    except ssl.SSLEOFError:
+        raise NbdUnproven(_CLOSED) from None
     except ssl.SSLError as error:
         raise NbdUnproven(words(error)) from None

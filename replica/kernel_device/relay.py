@@ -16,7 +16,7 @@ import socket
 import ssl
 import threading
 import time
-from typing import Final
+from typing import Final, TypeGuard
 
 from nbdserver.tls_transport import words
 
@@ -99,17 +99,13 @@ class _Relay:
     def run(self) -> None:
         """Until one side has ended, and what it had sent before has reached the other."""
         try:
-            with contextlib.suppress(OSError):  # the side that is left sees the end
-                self._pass_on()
+            self._until_an_end().finish()
+        except OSError as error:  # the side that is left sees the end
+            if _is_broken(error):
+                log.warning("TLS with %s was broken: %s", self._name, words(error))
         finally:
             for end in self._ends:
                 _hang_up(end)
-
-    def _pass_on(self) -> None:
-        try:
-            self._until_an_end().finish()
-        except ssl.SSLError as error:
-            log.warning("TLS with %s was broken: %s", self._name, words(error))
 
     def _until_an_end(self) -> _Flow:
         """Returns the flow whose source has ended; raises SSLError when it is not TLS any more."""
@@ -123,9 +119,9 @@ class _Relay:
                 try:
                     if (not events or ready.get(wanted.fileno(), 0) & events) and not flow.step():
                         return flow
-                except ssl.SSLError:
-                    raise
-                except OSError:
+                except OSError as error:
+                    if _is_broken(error):
+                        raise
                     return other  # nobody takes what flows here; what that side has sent before still counts
             needs = [flow.need for flow in self._flows]
             for end in self._ends:
@@ -142,6 +138,11 @@ def _events(error: Exception, plain: int) -> int:
     if isinstance(error, ssl.SSLWantReadError):
         return select.POLLIN
     return select.POLLOUT if isinstance(error, ssl.SSLWantWriteError) else plain
+
+
+def _is_broken(error: OSError) -> TypeGuard[ssl.SSLError]:
+    """Whether it is TLS that fails, and not the connection below."""
+    return isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError)
 
 
 def _holds_more(source: socket.socket) -> bool:

@@ -28,7 +28,7 @@ from replica.kernel_device import finder, relay
 from replica.kernel_device.finder import Link, NobodyServes
 from replica.kernel_device.places import Place, Trust, places
 from replica.nbd_client_tls import ClientTls
-from replica.nbd_handshake import NbdUnproven
+from replica.nbd_handshake import NbdUnproven, Shaker
 from tests.certificates import Authority
 from tests.raw_nbd import DISC, READ, WRITE, RawClient, request
 from tests.unit.nbd_bench import MIB, SIZE, MemoryDisk
@@ -231,18 +231,24 @@ def test_a_frozen_server_holds_no_relay_and_executes_nothing_that_was_replaced(
     assert file.read_bytes()[:4096] == b"new!" * 1024
 
 
+def shaken(node1: TlsFiles, laptop: ClientTls) -> tuple[ssl.SSLSocket, ssl.SSLSocket]:
+    """The client's and the server's end of a connection."""
+    theirs, ours = socket.socketpair()
+    context = server_tls(TlsMode.REQUIRE, node1).context
+    found: list[ssl.SSLSocket] = []
+    server = threading.Thread(target=lambda: found.append(context.wrap_socket(theirs, server_side=True)))
+    server.start()
+    client = laptop.context().wrap_socket(ours)
+    server.join(_PATIENCE_S)
+    return client, found[0]
+
+
 @contextlib.contextmanager
 def relayed(node1: TlsFiles, laptop: ClientTls) -> Iterator[tuple[socket.socket, ssl.SSLSocket]]:
     """The kernel's end of a relay, and the server's of the connection behind it."""
-    theirs, ours = socket.socketpair()
-    context = server_tls(TlsMode.REQUIRE, node1).context
-    shaken: list[ssl.SSLSocket] = []
-    server = threading.Thread(target=lambda: shaken.append(context.wrap_socket(theirs, server_side=True)))
-    server.start()
-    kernel = relay.start(laptop.context().wrap_socket(ours), "node1")
-    server.join(_PATIENCE_S)
-    with kernel, shaken[0] as tls:
-        yield kernel, tls
+    client, server = shaken(node1, laptop)
+    with relay.start(client, "node1") as kernel, server:
+        yield kernel, server
     assert no_relay_is_left()
 
 
@@ -257,23 +263,20 @@ def test_broken_records_end_the_connection(
     assert "TLS with node1 was broken: " in caplog.text
 
 
-def test_replies_of_a_server_that_hangs_up_on_the_kernel_arrive(
-    node1: TlsFiles, laptop: ClientTls, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_replies_of_a_server_that_takes_nothing_more_arrive(node1: TlsFiles, laptop: ClientTls) -> None:
     with relayed(node1, laptop) as (kernel, server):
-        kernel.sendall(b"request")
-        assert server.recv(7) == b"request"
+        socket.socket.shutdown(server, socket.SHUT_RD)
         # More than the kernel's end holds, so that the relay still has some of it when it finds nobody to send to.
         replies = bytes(8) * (1 << 16)
         sender = threading.Thread(target=lambda: (server.sendall(replies), server.close()))
         sender.start()
-        pushing = threading.Thread(target=raw(kernel.dup()).push, args=(b"request" * 4096, 64))
-        pushing.start()
+        poll = select.poll()
+        poll.register(kernel, select.POLLIN)
+        assert poll.poll(_PATIENCE_S * 1000)
+        kernel.sendall(b"request")
         assert raw(kernel).receive(len(replies)) == replies
         assert has_ended(kernel)
         sender.join(_PATIENCE_S)
-        pushing.join(_PATIENCE_S)
-    assert "was broken" not in caplog.text
 
 
 # ── who is believed ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -416,6 +419,14 @@ def test_an_end_of_the_connection_says_nothing_of_the_node(
             reset and "Connection reset by peer" in sentence
         )
         server.join(_PATIENCE_S)
+
+
+def test_a_server_that_takes_nothing_more_in_tls(node1: TlsFiles, laptop: ClientTls) -> None:
+    client, server = shaken(node1, laptop)
+    with server, Shaker(client, _PATIENCE_S) as shaker:
+        socket.socket.shutdown(server, socket.SHUT_RD)
+        with pytest.raises(NbdUnproven, match=r"^the server closed the connection during the handshake$"):
+            shaker.info("r0")
 
 
 def test_a_client_without_a_certificate_where_none_is_asked_for(
