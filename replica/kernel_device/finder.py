@@ -74,6 +74,25 @@ def is_silence(error: OSError) -> bool:
     return isinstance(error, TimeoutError) or error.errno in _NO_WAY
 
 
+def is_idle(place: Place, export: str) -> bool:
+    """Whether it was seen not to serve."""
+    try:
+        return ask(place, export) is not None
+    except (TimeoutError, NbdUnproven):
+        return False
+
+
+def answers(place: Place, export: str) -> bool:
+    """Whether anything answers there. Who it is does not count: certificates expire under connections that live on."""
+    try:
+        ask(place, export)
+    except TimeoutError:
+        return False
+    except NbdUnproven:
+        pass
+    return True
+
+
 def find(candidates: list[Place], export: str, trust: Trust) -> Place:
     """Who serves the export, and notes in `trust` what was seen; raises `NobodyServes`. All are asked at once."""
 

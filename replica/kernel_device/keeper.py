@@ -23,7 +23,6 @@ from replica.kernel_device.finder import Link, NobodyServes
 from replica.kernel_device.messages import Settings
 from replica.kernel_device.netlink import DeviceError, Driver, device_path
 from replica.kernel_device.places import Backend, Place, Trust
-from replica.nbd_handshake import NbdUnproven
 
 log = logging.getLogger("replica")
 
@@ -296,18 +295,11 @@ class Keeper:
     async def _probe(self) -> bool:
         """Whether the machine of the server answers at all. Looks whether nodes that were left have ceased to serve."""
         for place in list(self._trust.left):
-            with contextlib.suppress(TimeoutError, NbdUnproven):
-                if await asyncio.to_thread(finder.ask, place, self._wish.resource) is not None:
-                    self._trust.seen_idle(place)
-                    log.info("%s: %s does not serve any more, and may be used again", self._wish.resource, place)
-        if self._trust.last is None:
-            return True
-        try:
-            with contextlib.suppress(NbdUnproven):  # certificates may expire under a connection that lives on
-                await asyncio.to_thread(finder.ask, self._trust.last, self._wish.resource)
-        except TimeoutError:
-            return False
-        return True
+            if await asyncio.to_thread(finder.is_idle, place, self._wish.resource):
+                self._trust.seen_idle(place)
+                log.info("%s: %s does not serve any more, and may be used again", self._wish.resource, place)
+        last = self._trust.last
+        return last is None or await asyncio.to_thread(finder.answers, last, self._wish.resource)
 
     def _use(self, links: list[Link]) -> None:
         self._links = links

@@ -293,6 +293,14 @@ def test_the_primary_is_found_and_opened(short_dir: Path) -> None:
                 await asyncio.to_thread(finder.find, [here, gone], "r0", Trust(last=there))
             with pytest.raises(TimeoutError):
                 await asyncio.to_thread(finder.ask, silent, "r0")
+            for place, is_idle, answers in (
+                (here, True, True),
+                (there, False, True),
+                (gone, True, True),
+                (silent, False, False),
+            ):
+                assert await asyncio.to_thread(finder.is_idle, place, "r0") is is_idle
+                assert await asyncio.to_thread(finder.answers, place, "r0") is answers
             first = await asyncio.to_thread(finder.open_links, there, "r0", ClientIdentity(b"c" * 16, 1), 2)
             assert [link.info.size_bytes for link in first] == [1 << 20] * 2
             assert not any(link.is_taken() for link in first)

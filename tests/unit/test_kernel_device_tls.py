@@ -291,6 +291,8 @@ def refused(place: Place) -> str:
         finder.open_links(place, "r0", ClientIdentity(b"k" * 16, 1), 1)
     assert str(found.value) == str(opening.value)
     assert trust.left == {place}
+    assert not finder.is_idle(place, "r0")
+    assert finder.answers(place, "r0")
     sentence = str(found.value)
     assert sentence.isprintable()
     assert "promote a node, or mend TLS between it and this machine" in sentence
@@ -365,7 +367,7 @@ def test_a_server_that_ends_in_the_tls_handshake(
         listener.listen()
 
         def serve() -> None:
-            for _ in range(2):
+            for _ in range(4):
                 connection, _ = listener.accept()
                 with connection:
                     connection.sendall(b"NBDMAGICIHAVEOPT\x00\x03")
@@ -393,7 +395,7 @@ def test_an_end_of_the_connection_says_nothing_of_the_node(
     context = server_tls(TlsMode.REQUIRE, node1).context
 
     def serve() -> None:
-        for _ in range(2):
+        for _ in range(4):
             connection, _ = listener.accept()
             connection.sendall(b"NBDMAGICIHAVEOPT\x00\x03")
             raw(connection).receive(4)
