@@ -24,7 +24,7 @@ class NbdRefused(Exception):
 
 
 class NbdLost(Exception):
-    """The connection ended, or is no NBD."""
+    """The connection ended, or is no NBD: whether that node serves is not known."""
 
 
 class NbdUnproven(NbdLost):

@@ -51,21 +51,21 @@ class Link:
 
 
 def ask(place: Place, export: str) -> str | None:
-    """None if the export can be opened there now, else why not.
+    """None if the export can be opened there now, else why not: it says so, or nobody listens there.
 
-    Raises TimeoutError when nothing answers, `NbdUnproven` when what answers is not known to be that node.
+    Raises TimeoutError when nothing answers, `NbdLost` when something does, and whether that node serves is not known.
     """
     try:
         with _shaking(place, PROBE_TIMEOUT_S) as shaker:
             shaker.info(export)
-    except (TimeoutError, NbdUnproven):
-        raise
-    except (NbdRefused, NbdLost) as error:
+    except NbdRefused as error:
         return str(error)
+    except (ConnectionRefusedError, FileNotFoundError) as error:
+        return error.strerror
     except OSError as error:
         if is_silence(error):
             raise TimeoutError from None
-        return error.strerror or str(error)
+        raise NbdLost(error.strerror or str(error)) from None
     return None
 
 
@@ -78,7 +78,7 @@ def is_idle(place: Place, export: str) -> bool:
     """Whether it was seen not to serve."""
     try:
         return ask(place, export) is not None
-    except (TimeoutError, NbdUnproven):
+    except (TimeoutError, NbdLost):
         return False
 
 
@@ -88,7 +88,7 @@ def answers(place: Place, export: str) -> bool:
         ask(place, export)
     except TimeoutError:
         return False
-    except NbdUnproven:
+    except NbdLost:
         pass
     return True
 
@@ -96,13 +96,11 @@ def answers(place: Place, export: str) -> bool:
 def find(candidates: list[Place], export: str, trust: Trust) -> Place:
     """Who serves the export, and notes in `trust` what was seen; raises `NobodyServes`. All are asked at once."""
 
-    def answer(place: Place) -> tuple[str | None, bool]:
+    def answer(place: Place) -> str | TimeoutError | NbdLost | None:
         try:
-            return ask(place, export), True
-        except TimeoutError:
-            return _SILENT, False
-        except NbdUnproven as error:
-            return str(error), False
+            return ask(place, export)
+        except (TimeoutError, NbdLost) as error:
+            return error
 
     pool = ThreadPoolExecutor(len(candidates))
     asked = {pool.submit(answer, place): place for place in candidates}
@@ -115,17 +113,17 @@ def find(candidates: list[Place], export: str, trust: Trust) -> Place:
     while waiting and trust.last not in serving:
         done, waiting = wait(waiting, timeout_s, FIRST_COMPLETED)
         for each in done:
-            place, (refusal, is_known) = asked[each], each.result()
-            if refusal is not None:
-                refusals[place] = refusal
-                if is_known:
-                    idle.append(place)
-                elif refusal is not _SILENT:
-                    is_unproven = True
-                continue
-            serving.append(place)
-            if place not in trust.left:
-                timeout_s = _LAST_SERVER_GRACE_S  # who was the Primary may answer, too
+            place, said = asked[each], each.result()
+            if said is None:
+                serving.append(place)
+                if place not in trust.left:
+                    timeout_s = _LAST_SERVER_GRACE_S  # who was the Primary may answer, too
+            elif isinstance(said, str):
+                refusals[place] = said
+                idle.append(place)
+            else:
+                refusals[place] = _why(said)
+                is_unproven |= isinstance(said, NbdUnproven)
         if not done:
             break
     chosen = trust.choose(serving)
@@ -150,11 +148,14 @@ def open_links(place: Place, export: str, identity: ClientIdentity, count: int) 
         for link in links:
             link.drop()
         if isinstance(error, (OSError, NbdRefused, NbdLost)):
-            why = _SILENT if isinstance(error, TimeoutError) else str(error)
             is_unproven = isinstance(error, NbdUnproven)
-            raise NobodyServes(places.nobody_serves(export, {place: why}, is_unproven=is_unproven)) from None
+            raise NobodyServes(places.nobody_serves(export, {place: _why(error)}, is_unproven=is_unproven)) from None
         raise
     return links
+
+
+def _why(error: Exception) -> str:
+    return _SILENT if isinstance(error, TimeoutError) else str(error)
 
 
 def _open(place: Place, export: str, identity: ClientIdentity) -> Link:
