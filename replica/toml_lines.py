@@ -5,6 +5,7 @@ path that is not found is reported at what is around it.
 """
 
 import re
+import tomllib
 from typing import Final
 
 #: Names of tables and keys; the elements of an array are "[1]", "[2]", …
@@ -41,6 +42,11 @@ def find_line(lines: dict[KeyPath, int], path: KeyPath) -> int | None:
             return lines[path]
         path = path[:-1]
     return None
+
+
+def _unescaped(basic: str) -> str:
+    text: str = tomllib.loads(f'key = "{basic}"')["key"] if "\\" in basic else basic
+    return text
 
 
 class _Scan:
@@ -92,7 +98,10 @@ class _Scan:
         """A dotted key; one that cannot be read is skipped with its line."""
         parts: list[str] = []
         while match := _KEY_PART.match(self._text, self._at):
-            parts.append(next(part for part in match.groups() if part is not None))
+            basic, literal, bare = match.groups()
+            parts.append(
+                _unescaped(basic) if basic is not None else next(part for part in (literal, bare) if part is not None)
+            )
             self._at = match.end()
             if not self._takes("."):
                 return tuple(parts)

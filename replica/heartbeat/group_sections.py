@@ -2,6 +2,7 @@
 
 import ipaddress
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -67,9 +68,24 @@ def _read_group(table: Table, nodes: Sequence[str]) -> GroupSettings:
     if not resources:
         raise table.file.error((*table.key, "resources"), "is empty: list what the group starts, in order")
     for number, resource in enumerate(resources):
-        if resource.name in (other.name for other in resources[:number]):
+        same_name = [
+            other for other in resources[:number] if other.kind == resource.kind and other.name == resource.name
+        ]
+        if any(other.options == resource.options for other in same_name):
             raise table.tables("resources")[number].error(f"{resource.name} is in the group {name} twice: remove one")
+    resources = _with_names_of_their_own(resources)
     return GroupSettings(name, preferred, tuple(resources), **_given(table, GROUP_LIMITS))
+
+
+def _with_names_of_their_own(resources: Sequence[ResourceSettings]) -> list[ResourceSettings]:
+    """Two of one name (an OCF agent with other parameters, say) are told apart by a number."""
+    numbered: list[ResourceSettings] = []
+    for resource in resources:
+        number = 1 + sum(
+            other.kind == resource.kind and other.name == resource.name for other in resources[: len(numbered)]
+        )
+        numbered.append(resource if number == 1 else replace(resource, name=f"{resource.name} ({number})"))
+    return numbered
 
 
 def _read_resource(table: Table) -> ResourceSettings:
@@ -110,34 +126,47 @@ def _given(table: Table, known: Mapping[str, tuple[str, Any]]) -> dict[str, Any]
 
 def _check_order(entries: Sequence[Table], group: GroupSettings) -> None:
     """Refuse a device that is used before it is there."""
-    later = [(resource.kind, entry) for entry, resource in zip(entries, group.resources, strict=True)]
-    for number, (kind, entry) in enumerate(later):
-        following = later[number + 1 :]
-        if kind == "map":
-            made_later = any(other == "replica" and _same(entry, "map", made, "replica") for other, made in following)
-            first = f'replica = "{entry.items["map"]}"'
-        elif kind == "mount":
-            made_later = any(other == "map" and _same(entry, "device", made, "device") for other, made in following)
-            first = f"the map of {entry.items.get('device')}"
-        else:
-            continue
-        if made_later:
+    made = [_makes(entry, resource.kind) for entry, resource in zip(entries, group.resources, strict=True)]
+    for number, (entry, resource) in enumerate(zip(entries, group.resources, strict=True)):
+        needed = _needs(entry, resource.kind)
+        if needed is not None and needed in made[number + 1 :]:
+            kind, what = needed
+            first = f'replica = "{what}"' if kind == "replica" else f"the map of {what}"
             raise entry.error(f"comes before what it needs: put {first} in front of it")
 
 
-def _same(one: Table, key: str, other: Table, other_key: str) -> bool:
-    """Whether both have the key with the same value."""
-    return key in one.items and other.items.get(other_key) == one.items[key]
+def _makes(entry: Table, kind: str) -> tuple[str, object] | None:
+    """What others may need: a Primary, or a device."""
+    if kind == "replica":
+        return "replica", entry.items["replica"]
+    return ("device", entry.items["device"]) if kind == "map" and "device" in entry.items else None
+
+
+def _needs(entry: Table, kind: str) -> tuple[str, object] | None:
+    if kind == "map":
+        return "replica", entry.items["map"]
+    if kind != "mount":
+        return None
+    bridged = _bridged(entry)
+    return ("replica", bridged) if bridged is not None else ("device", entry.items.get("device"))
+
+
+def _bridged(entry: Table) -> str | None:
+    """The resource of a mount that does without a device of the kernel: ``device = "nbd:r0"``."""
+    device = str(entry.items.get("device", ""))
+    return device.removeprefix("nbd:") if device.startswith("nbd:") else None
 
 
 def _check_replica(entry: Table, resource: ResourceSettings, replicas: frozenset[str], file: Path | None) -> None:
-    if resource.kind not in ("replica", "map"):
-        return
-    name = entry.items[resource.kind]
-    if name not in replicas:
+    """Refuse a replicated resource that is not configured."""
+    key = resource.kind
+    name = entry.items[key] if key in ("replica", "map") else None
+    if key == "mount":
+        key, name = "device", _bridged(entry)
+    if name is not None and name not in replicas:
         hint = suggestion(str(name), replicas) or (f" (it has {', '.join(sorted(replicas))})" if replicas else "")
         where = f" in {file}{hint}" if file is not None else ", for there is no configuration of replicad"
-        raise entry.file.error((*entry.key, resource.kind), f"there is no [resource.{name}]{where}")
+        raise entry.file.error((*entry.key, key), f"there is no [resource.{name}]{where}")
 
 
 def _check_alone(entry: Table, resource: ResourceSettings, group: str, holders: dict[tuple[str, str], str]) -> None:

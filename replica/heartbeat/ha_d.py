@@ -111,6 +111,7 @@ class HaDirectory(Document):
         self.addresses: dict[str, str] = {}
         self._own = own | {node}
         heartbeat = {"deadtime": DEFAULT_DEADTIME_S, **ha_cf.heartbeat, "authkeys": str(folder / "authkeys")}
+        self._places["group",] = _Place(str(folder / "haresources"), "")
         self._places["heartbeat", "deadtime"] = _Place(str(folder / "ha.cf"), "deadtime")
         for key in ha_cf.heartbeat:
             self._places["heartbeat", key] = _Place(*ha_cf.places[key])
@@ -219,7 +220,6 @@ class HaDirectory(Document):
         fields = sections.as_settings()
         if base is not None and base.heartbeat is not None:
             fields["fencing"] = {**base.heartbeat.fencing, **sections.fencing}
-            warnings += base.heartbeat.warnings
         return HeartbeatSettings(
             cluster=base.cluster.name if base is not None else self.cluster,
             node=self.node,

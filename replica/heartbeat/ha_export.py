@@ -29,29 +29,29 @@ def as_toml(directory: HaDirectory) -> str:
         lines += _cluster(directory)
     document = directory.document
     heartbeat = {key: value for key, value in document["heartbeat"].items() if key != "on"}
-    lines += ["", "[heartbeat]", *_assignments(heartbeat)]
+    lines += ["", "[heartbeat]", *assignments(heartbeat)]
     for node, table in document["heartbeat"]["on"].items():
-        lines += ["", f"[heartbeat.on.{_key(node)}]", *_assignments(table)]
+        lines += ["", f"[heartbeat.on.{_key(node)}]", *assignments(table)]
     for group in document["group"]:
-        lines += ["", "[[group]]", *_assignments(group)]
+        lines += ["", "[[group]]", *assignments(group)]
     for node, devices in document["fencing"].items():
         for device in devices:
-            lines += ["", f"[[fencing.{_key(node)}]]", *_assignments(device)]
+            lines += ["", f"[[fencing.{_key(node)}]]", *assignments(device)]
     return "\n".join(lines) + "\n"
 
 
 def _cluster(directory: HaDirectory) -> Iterator[str]:
-    yield from ("", "[cluster]", *_assignments({"name": directory.cluster}))
+    yield from ("", "[cluster]", *assignments({"name": directory.cluster}))
     yield "# Of replicated resources; with authkeys below, replica-heartbeat does not read it."
-    yield from _assignments({"secret-file": "cluster.key"})
+    yield from assignments({"secret-file": "cluster.key"})
     for node in sorted((directory.node, directory.peer)):
         yield from ("", f"[node.{_key(node)}]")
         if node not in directory.addresses:
             yield "# Heartbeat's files do not say it: give the IP address of the node."
-        yield from _assignments({"address": directory.addresses.get(node, node)})
+        yield from assignments({"address": directory.addresses.get(node, node)})
 
 
-def _assignments(table: Mapping[str, Any]) -> Iterator[str]:
+def assignments(table: Mapping[str, Any]) -> Iterator[str]:
     """A line for each key; each table of an array has its own."""
     for key, value in table.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):

@@ -132,6 +132,9 @@ def read_sections(top: Table, members: Members) -> Sections:
 
     groups = read_groups(top, nodes, members.replicas, members.replicas_file)
     warnings: list[str] = []
+    if not groups:
+        nothing = f"no group is described: {members.node} hears whether {members.peer} is alive, and starts nothing"
+        warnings.append(f"{top.file.where(('group',))}: {nothing}")
     return Sections(
         timing=_read_timing(heartbeat, get),
         paths=_read_paths(own if "paths" in own.items else heartbeat, members, get("port")),

@@ -120,7 +120,7 @@ class FenceDevice:
     """One way of switching a node off; several are tried in order."""
 
     agent: str  # the program: a name in /usr/sbin or the PATH, or an absolute path
-    #: As the agent reads them on its input, without ``action``; secrets are still names of files (``…_file``).
+    #: As the agent reads them on its input, without ``action``; secrets are still names of files (``…-file``).
     options: Mapping[str, str] = field(repr=False)
     action: str = "reboot"  # or "off"
     timeout_s: float = 60.0

@@ -18,7 +18,10 @@ def load_heartbeat(
     config = load_config(path, node, need_secret=False)
     sections = config.heartbeat
     if sections is None:
-        raise ConfigError(f"{config.path}: there is no [heartbeat]: describe [heartbeat] and at least one [[group]]")
+        raise ConfigError(
+            f"{config.path}: there is no [heartbeat]: describe [heartbeat] and at least one [[group]], or name "
+            "Heartbeat's directory with --ha-dir"
+        )
     warnings = list(sections.warnings)
     if not need_secret:
         auth = Auth(AuthMethod.SHA256, b"")

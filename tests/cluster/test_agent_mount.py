@@ -121,6 +121,7 @@ def test_a_server_that_dies_is_noticed_and_mended(formatted: Cluster) -> None:
                 await one.agent.monitor()
             await one.agent.stop()
             formatted.node1.start()
+            formatted.node1.wait_replication("Established", "SyncSource")
             formatted.node1.ctl("promote")
             await one.agent.start(START)
             assert (one.folder / "file").read_text() == "here"

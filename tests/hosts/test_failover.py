@@ -8,18 +8,21 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.hosts.host import ROOT
 from tests.hosts.lab import Lab
+from tests.hosts.probe import Probe, serve
 from tests.hosts.products import HaFiles, Ours
 from tests.hosts.scenarios import HEARTBEAT_PORT, SCENARIOS, Cluster, Phase, Scenario, play
 from tests.hosts.switch import some
 
 pytestmark = pytest.mark.root
 
+_TUTORIAL = ROOT / "tests/unit/ha.d"
 _DEADTIME_S = 1.0
 _QUIET_S = 1.0
 _PATIENCE_S = 25.0
 _TIMES = ("keepalive 200ms", "initdead 2")
-_OTHER, _EITHER = ["node2"], ["node1", "node2"]
+_PREFERRED, _OTHER, _EITHER = ["node1"], ["node2"], ["node1", "node2"]
 _ENDS_ON = {
     **dict.fromkeys(("standby", "power cut", "cable pulled", "frozen"), _OTHER),
     # The address has failed on node1, which may or may not count against it for a while.
@@ -50,7 +53,7 @@ def run(new_lab: Callable[..., Lab]) -> Play:
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_the_right_node_answers_and_never_two(run: Play, scenario: Scenario) -> None:
     for phase in run(_with(scenario)):
-        assert phase.holder in _ENDS_ON.get(phase.name, ["node1"]), phase.name
+        assert phase.holder in _ENDS_ON.get(phase.name, _PREFERRED), phase.name
 
 
 def _with(scenario: Scenario, **files: object) -> Scenario:
@@ -109,10 +112,26 @@ def _flapping(cluster: Cluster) -> Iterator[Phase]:
     yield cluster.phase("flapping", flap, cluster.node1)
 
 
+def _disk_full(cluster: Cluster) -> Iterator[Phase]:
+    """Nothing can be written any more, on both nodes: neither logs nor what is to be kept."""
+    folders = ("/var/lib/replica", "/var/log")
+    for node in cluster.lab.nodes:
+        for folder in folders:
+            node.run("install", "-d", folder)
+            node.run("mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder)
+    yield cluster.phase("start", cluster.start, cluster.node1)
+    for node in cluster.lab.nodes:
+        for folder in folders:
+            full = node.try_run("dd", "if=/dev/zero", f"of={folder}/filler", "bs=4k")
+            assert "No space left" in full.stderr
+    yield cluster.phase("standby", lambda: cluster.product.standby(cluster.node1), cluster.node2)
+    yield cluster.phase("power cut", cluster.node2.power_cut, cluster.node1)
+
+
 _FLAPS = 40 if os.environ.get("REPLICA_ALL_SCENARIOS") else 4
 
 
-def _both_starved(cluster: Cluster) -> Iterator[Phase]:
+def _losing(cluster: Cluster) -> Iterator[Phase]:
     """A third of all heartbeats is lost on one of two paths."""
     yield cluster.phase("start", cluster.start, cluster.node1)
 
@@ -134,6 +153,7 @@ _LOSSES_S = 600.0 if os.environ.get("REPLICA_ALL_SCENARIOS") else 10.0
         (_one_way, ["node1", "node1", "node1"]),
         (_clean_stop, ["node1", "node2"]),
         (_flapping, ["node1", "node1"]),
+        (_disk_full, ["node1", "node2", "node1"]),
     ],
 )
 def test_more_that_can_happen(run: Play, story: Callable[[Cluster], Iterator[Phase]], holders: list[str]) -> None:
@@ -143,6 +163,24 @@ def test_more_that_can_happen(run: Play, story: Callable[[Cluster], Iterator[Pha
 
 def test_losses_on_one_of_two_paths_move_nothing(run: Play) -> None:
     paths = ("ucast eth1 10.0.0.1", "ucast eth1 10.0.0.2")
-    scenario = Scenario("losses", _both_starved, HaFiles(more=(*_TIMES, *paths)))
+    scenario = Scenario("losses", _losing, HaFiles(more=(*_TIMES, *paths)))
     _, losses = run(scenario, second_network=True)
     assert losses.holder == "node1" and losses.outage_s == 0
+
+
+def test_the_files_of_the_tutorial_as_they_are_printed(lab: Lab) -> None:
+    """Comments behind directives, no-break spaces, the key `crc`, a ping to the address of the cluster itself."""
+    for node in lab.nodes:
+        serve(node)
+        for file in ("ha.cf", "haresources", "authkeys"):
+            node.write(f"/etc/ha.d/{file}", (_TUTORIAL / file).read_text(), mode=0o600)
+    with Probe(lab) as probe:
+        cluster = Cluster(lab, probe, Ours(), HaFiles(auto_failback=None), False, _QUIET_S, _PATIENCE_S)
+        phases = [
+            cluster.phase("start", cluster.start, cluster.node1),
+            cluster.phase("power cut", cluster.node1.power_cut, cluster.node2),
+            cluster.phase("return", cluster.node1.boot, cluster.node1),
+            cluster.phase("standby", lambda: cluster.product.standby(cluster.node1), cluster.node2),
+        ]
+    assert [phase.holder for phase in phases] == ["node1", "node2", "node1", "node2"]
+    assert not any(phase.two_holders_s for phase in phases)

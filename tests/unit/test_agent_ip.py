@@ -17,7 +17,8 @@ from replica.heartbeat import clock
 from replica.heartbeat.agents import neighbours
 from replica.heartbeat.agents.addresses import lifetime_s
 from replica.heartbeat.agents.base import AgentError, Start, Surroundings
-from replica.heartbeat.agents.ip import KINDS, AddressAgent, held_elsewhere
+from replica.heartbeat.agents.ip import AddressAgent, held_elsewhere
+from replica.heartbeat.agents.ip_options import KINDS
 from replica.heartbeat.node_state import Readiness
 from replica.heartbeat.settings import Auth, AuthMethod, HeartbeatSettings, ResourceSettings, Timing
 from tests.network import ip, neighbour, own_network, printing
@@ -171,7 +172,9 @@ async def in_line(lines: Any, words: str) -> str:
 @pytest.mark.root
 @pytest.mark.parametrize("address", [V4, V6])
 @own_network
-def test_what_another_machine_has_is_not_taken(address: str) -> None:
+def test_what_another_machine_has_is_not_taken(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("replica.heartbeat.agents.ip.YIELD_S", 0.2)
+
     async def work() -> None:
         agent = make_agent(address, interface="eth0")
         assert await held_elsewhere(resource(address)) == ""
@@ -217,6 +220,46 @@ def test_of_two_that_ask_at_once_one_gives_way(address: str, rival: str, found: 
         assert run(neighbours.find_holder("eth0", MAC, plain, [MAC])) == found
         asked = int(said.readline())
         assert asked == len(neighbours.PROBES_S) + 1 if found is None else asked >= 1
+
+
+@pytest.mark.root
+@own_network
+def test_an_address_is_taken_when_its_holder_loses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a daemon that hangs does: its kernel still has the address for a while."""
+
+    async def work() -> None:
+        agent = make_agent(V4)
+        host.ip(f"addr add {V4} dev eth0 valid_lft 1 preferred_lft 1")
+        assert await held_elsewhere(resource(V4)) == "02:00:00:00:00:02"
+        await agent.start(START)
+        assert shown(V4)
+        await agent.stop()
+        await agent.close()
+
+    monkeypatch.setattr("replica.heartbeat.agents.ip.YIELD_S", PATIENCE_S)
+    with neighbour() as host:
+        run(work())
+
+
+@pytest.mark.root
+@own_network
+def test_nobody_is_asked_twice_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        agent = make_agent(V4)
+        assert await held_elsewhere(resource(V4)) == ""
+        host.ip(f"addr add {V4} dev eth0")  # so that whoever asks again finds it out
+        await agent.start(START)
+        await agent.stop()
+        now = clock.now()
+        monkeypatch.setattr("replica.heartbeat.agents.ip.YIELD_S", -1.0)
+        monkeypatch.setattr("replica.heartbeat.clock.now", lambda: now + 120)
+        with pytest.raises(AgentError, match="is held by"):
+            await agent.start(START)
+        await agent.close()
+
+    monkeypatch.setattr("replica.heartbeat.agents.ip.RECENT_S", 60.0)
+    with neighbour() as host:
+        run(work())
 
 
 @pytest.mark.root
@@ -300,7 +343,7 @@ def test_an_interface_without_carrier_is_not_ready() -> None:
 @pytest.mark.root
 @pytest.mark.parametrize("address", [V4, V6])
 @own_network
-def test_let_go_is_at_once(address: str) -> None:
+def test_let_go_is_at_once(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def work() -> None:
         agent = make_agent(address)
         await agent.start(START)
@@ -314,6 +357,7 @@ def test_let_go_is_at_once(address: str) -> None:
             await agent.start(START)
         agent.let_go()
         assert not shown(address)
+        monkeypatch.setattr("replica.heartbeat.agents.ip.RECENT_S", 0.0)
         starting = asyncio.create_task(agent.start(START))
         await asyncio.sleep(0)
         agent.let_go()

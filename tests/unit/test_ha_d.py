@@ -273,6 +273,12 @@ def test_addresses(write: Callable[..., Path], entry: str, options: dict[str, st
     assert {key: value for key, value in resource.options.items() if value} == options
 
 
+def test_no_group_at_all(write: Callable[..., Path]) -> None:
+    folder = write(haresources="# none yet\n")
+    nothing = "no group is described: node1 hears whether node2 is alive, and starts nothing"
+    assert load(folder).warnings == (f"{folder}/haresources: {nothing}",)
+
+
 def test_a_group_for_each_line(write: Callable[..., Path]) -> None:
     text = "# none\n\nnode1 192.168.2.50\n"
     text += "node2 fd00::1/64/eth0 \\  # more\n  apache2 \\\n\n node1 apache3\nnode2 apache4 \\"

@@ -206,7 +206,9 @@ def test_defaults(write: Callable[[str], Path]) -> None:
     settings = load_heartbeat(write(BASE + "[heartbeat]\n"), "node2")
     assert settings.paths == (PathSettings(PathKind.UNICAST, "", "192.168.2.44", local="192.168.2.45"),)
     assert settings.timing == Timing()
-    assert (settings.groups, settings.pings, settings.fencing, settings.warnings) == ((), (), {}, ())
+    assert (settings.groups, settings.pings, settings.fencing) == ((), (), {})
+    nothing = "no group is described: node2 hears whether node1 is alive, and starts nothing"
+    assert [warning.rpartition("toml: ")[2] for warning in settings.warnings] == [nothing]
     assert settings.auto_failback
     assert not settings.promote_without_fencing
     assert settings.logging == Logging()
@@ -264,7 +266,7 @@ def test_the_secret_is_only_read_when_needed(write: Callable[[str], Path], tmp_p
 
 
 def test_a_file_of_heartbeat_has_the_key(write: Callable[[str], Path], tmp_path: Path) -> None:
-    file = write(BASE + '[heartbeat]\nauthkeys = "authkeys"\n')
+    file = write(BASE + '[heartbeat]\nauthkeys = "authkeys"\n' + FULL[FULL.index("[[group]]") :])
     (tmp_path / "cluster.key").unlink()
     keys = tmp_path / "authkeys"
     keys.write_text("auth 2\n1 crc\n2 sha1 a-key-that-is-long-enough\n")
@@ -393,6 +395,28 @@ def test_mistakes(write: Callable[[str], Path], mistake: tuple[str, str, int, st
     message = error_of(file)
     assert message.startswith(f"{file}:{line + BASE.count(chr(10))}: {key}: "), message
     assert problem in message
+
+
+def test_a_mount_by_nbdfuse(write: Callable[[str], Path]) -> None:
+    group = '[[group]]\nname = "web"\npreferred = "node1"\nresources = [\n  { %s },\n  { %s },\n]\n'
+    replica, mount = 'replica = "r0"', 'mount = "/data", device = "nbd:r0"'
+    assert load_heartbeat(write(BASE + group % (replica, mount)), "node1").groups[0].replicated
+    file = write(BASE + group % (mount, replica))
+    assert error_of(file).startswith(
+        f'{file}:18: group[1].resources[1]: comes before what it needs: put replica = "r0"'
+    )
+    file = write(BASE + group % (replica, mount.replace("r0", "r1")))
+    assert error_of(file).startswith(f"{file}:19: group[1].resources[2].device: there is no [resource.r1] in {file}")
+
+
+def test_one_agent_twice_with_other_parameters(write: Callable[[str], Path]) -> None:
+    group = '[[group]]\nname = "web"\npreferred = "node1"\nresources = [ %s ]\n'
+    entries = [f'{{ ocf = "heartbeat:Dummy", params = {{ state = "/run/{name}" }} }}' for name in "aba"]
+    (web,) = load_heartbeat(write(BASE + group % ", ".join(entries[:2])), "node1").groups
+    assert [resource.name for resource in web.resources] == ["ocf heartbeat:Dummy", "ocf heartbeat:Dummy (2)"]
+    assert "group[1].resources[3]: ocf heartbeat:Dummy is in the group web twice" in error_of(
+        write(BASE + group % ", ".join(entries))
+    )
 
 
 def test_paths_that_only_lead_back(write: Callable[[str], Path]) -> None:

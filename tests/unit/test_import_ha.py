@@ -1,6 +1,8 @@
 """What `replicactl import-ha` prints means the same as the files that it was made of."""
 
 import tempfile
+import tomllib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,10 @@ from hypothesis import strategies as st
 
 from replica.heartbeat.digest import settings_digest
 from replica.heartbeat.ha_d import load_ha_d, read_ha_d
-from replica.heartbeat.ha_export import as_toml
+from replica.heartbeat.ha_export import as_toml, assignments
 from replica.heartbeat.settings import HeartbeatSettings
 from replica.heartbeat.toml import load_heartbeat
+from replica.toml_lines import element, key_lines
 from tests.unit.heartbeat_kinds import agents
 from tests.unit.scripted_daemon import replicactl
 
@@ -110,6 +113,44 @@ def test_any_directory(ha_cf: str, lines: list[Any], addresses: list[int], key: 
         folder.mkdir()
         write(folder, ha_cf, text, f"auth 1\n1 {key}\n")
         assert_same(folder, None, Path(name, "replica.toml"))
+
+
+_keys = st.one_of(st.sampled_from(["a", "b c", "x.y", "[1]"]), st.text(min_size=1, max_size=4))
+_leaves = st.one_of(st.text(max_size=8), st.integers(-5, 5), st.booleans(), st.floats(-9, 9).map(lambda x: round(x, 3)))
+_values = st.recursive(
+    _leaves,
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(_keys, inner, max_size=3)),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.dictionaries(_keys, _values, max_size=5))
+def test_any_table_is_printed_as_toml_whose_lines_are_known(table: dict[str, Any]) -> None:
+    text = "\n".join(assignments(table))
+    assert tomllib.loads(text) == table
+    lines = key_lines(text)
+    number = 1
+    for key, value in table.items():
+        assert all((key, *path) in lines for path in _paths(value))
+        rows = isinstance(value, list) and value and isinstance(value[0], dict)
+        if rows:
+            assert [lines[key, element(row)] for row in range(len(value))] == [
+                number + 1 + row for row in range(len(value))
+            ]
+        assert lines[key,] == number
+        number += len(value) + 2 if rows else 1
+
+
+def _paths(value: Any) -> Iterator[tuple[str, ...]]:
+    """Of everything in it."""
+    if isinstance(value, dict):
+        items = list(value.items())
+    else:
+        items = [(element(number), item) for number, item in enumerate(value)] if isinstance(value, list) else []
+    for key, item in items:
+        yield (key,)
+        yield from ((key, *path) for path in _paths(item))
 
 
 @pytest.mark.usefixtures("agents")

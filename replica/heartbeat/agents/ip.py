@@ -11,11 +11,10 @@ import socket
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
-from replica.config_values import text
 from replica.heartbeat import clock
 from replica.heartbeat.agents import addresses, neighbours
 from replica.heartbeat.agents.addresses import Interface, Lease, Link, Watch
-from replica.heartbeat.agents.base import AgentError, Kind, Option, Start, Surroundings
+from replica.heartbeat.agents.base import AgentError, Start, Surroundings
 from replica.heartbeat.agents.threads import in_thread
 from replica.heartbeat.node_state import Readiness, Ready
 from replica.heartbeat.settings import ResourceSettings
@@ -26,61 +25,13 @@ log = logging.getLogger("replica.heartbeat")
 #: After the first announcement so many more, a second apart: some may be lost, or come before the switch is up.
 ANNOUNCEMENTS: Final = 5
 ANNOUNCEMENT_INTERVAL_S: Final = 1.0
-#: (IFNAMSIZ of linux/if.h, less the final zero.)
-_MAX_NAME: Final = 15
+#: For so long the answer holds that nobody has an address.
+RECENT_S: Final = 0.5
 
 
-# ── what is configured ───────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def parse_address(value: object) -> str:
-    """An address with the length of its network's prefix, or its netmask, or without: "192.168.2.50/24"."""
-    wanted = f'must be an IP address such as "192.168.2.50/24" or "2001:db8::50/64", not {value!r}'
-    if not isinstance(value, str):
-        raise ValueError(wanted)
-    try:
-        interface = ipaddress.ip_interface(value.strip())
-    except ValueError:
-        raise ValueError(wanted) from None
-    address, network = interface.ip, interface.network
-    if address.is_loopback or address.is_multicast or address.is_unspecified:
-        raise ValueError(f"must be the address of a machine on a network, which {address} is not")
-    if address.version == 4 and network.num_addresses > 2 and address in (network[0], network[-1]):
-        raise ValueError(f"must be the address of one machine, and {address} means all of {network}")
-    return str(interface) if "/" in value else str(address)
-
-
-def _parse_interface(value: object) -> str:
-    name = text(value)
-    if len(name.split(":")[0]) > _MAX_NAME or "/" in name or any(map(str.isspace, name)):
-        raise ValueError(f'must be the name of a network interface, such as "eth0", not {value!r}')
-    if name == "lo":
-        raise ValueError('must be an interface to a network, and "lo" is none')
-    return name
-
-
-def _parse_label(value: object) -> str:
-    label = text(value)
-    if len(label) > _MAX_NAME:
-        raise ValueError(f'must be a label of at most {_MAX_NAME} characters, such as "eth0:web", not {value!r}')
-    return label
-
-
-def _parse_broadcast(value: object) -> str:
-    try:
-        return str(ipaddress.IPv4Address(value if isinstance(value, str) else ""))
-    except ValueError:
-        raise ValueError(f"must be an IPv4 address, not {value!r}") from None
-
-
-def _check(options: Mapping[str, Any]) -> None:
-    interface = ipaddress.ip_interface(options["ip"])
-    if interface.version == 6:
-        for name in ("label", "broadcast"):
-            if options[name]:
-                raise ValueError(f"{name} is for IPv4 only, and {interface.ip} is IPv6")
-        if interface.ip.is_link_local and not options["interface"]:
-            raise ValueError(f"{interface.ip} needs interface: every interface has its network")
+#: How long another holder may take to lose the address: a dead one has it for its lifetime (see `lifetime_s`).
+YIELD_S: Final = 2.0
+_ASK_AGAIN_S: Final = 0.1
 
 
 class _Place(NamedTuple):
@@ -120,15 +71,30 @@ def _unusable(link: Link) -> str:
     return f"{link.name} is down" if not link.up else f"{link.name} has no carrier" if not link.carrier else ""
 
 
+#: Interface and address → when nobody answered for it.
+_unheld: dict[tuple[str, addresses.Address], float] = {}
+
+
 async def _holder(place: _Place) -> str:
     if not place.link.neighbours:
         return ""
+    asked = (place.link.name, place.interface.ip)
+    _unheld.pop(asked, None)
     ours = {link.mac for link in await in_thread(addresses.links)}
     try:
         mac = await neighbours.find_holder(place.link.name, place.link.mac, place.interface.ip, ours)
     except OSError as error:
         raise AgentError(f"cannot be asked for on {place.link.name} ({error.strerror or error})") from None
-    return "" if mac is None else neighbours.mac_text(mac)
+    if mac is None:
+        _unheld[asked] = clock.now()
+        return ""
+    return neighbours.mac_text(mac)
+
+
+async def _new_holder(place: _Place) -> str:
+    """The same, but who was asked just now, before the takeover, is not asked again: clients wait."""
+    asked_s = _unheld.get((place.link.name, place.interface.ip), float("-inf"))
+    return "" if clock.now() - asked_s < RECENT_S else await _holder(place)
 
 
 async def held_elsewhere(settings: ResourceSettings) -> str:
@@ -185,8 +151,11 @@ class AddressAgent:
         existing = await self._existing(place)
         if self._lease is not None and self._lease.held and existing:
             return
-        if mac := await _holder(place):
-            raise AgentError(f"is held by {mac} on {place.link.name}")
+        give_up_s = clock.now() + YIELD_S
+        while mac := await _new_holder(place):
+            if clock.now() > give_up_s:
+                raise AgentError(f"is held by {mac} on {place.link.name}")
+            await asyncio.sleep(_ASK_AGAIN_S)
         await self._forget_lease()
         if self._farewells != farewells:
             raise AgentError("was let go before it was added")
@@ -383,19 +352,3 @@ class AddressAgent:
         if self._announcing is not None:
             self._announcing.cancel()
             self._announcing = None
-
-
-KINDS: Final = (
-    Kind(
-        name="ip",
-        options={
-            "ip": Option(parse_address),
-            "interface": Option(_parse_interface, ""),
-            "label": Option(_parse_label, ""),
-            "broadcast": Option(_parse_broadcast, ""),
-        },
-        title=lambda options: f"ip {options['ip']}",
-        make=AddressAgent,
-        check=_check,
-    ),
-)

@@ -66,17 +66,26 @@ class Bridge:
 
     async def detach(self) -> None:
         """Nothing of it is left. What uses the loop device must have ended."""
-        for loop in await in_thread(mounts.loops_of, self.volume):
-            with contextlib.suppress(AgentError):  # looked at below
-                await run("losetup", "--detach", loop)
-        if await in_thread(mounts.mounted_at, self._folder):
+        give_up_s = clock.now() + _END_TIMEOUT_S
+        while await self._busy():
+            if clock.now() > give_up_s:
+                await self._take_away()  # its own words say what is in the way
+                raise AgentError(f"is still used through {self.volume}")
+            # The kernel lets go of a loop device a moment after its last user.
             with contextlib.suppress(AgentError):
-                await run("umount", self._folder)
+                await self._take_away()
+            await asyncio.sleep(_LOOK_INTERVAL_S)
         await self._end_process()
-        while await in_thread(mounts.mounted_at, self._folder):
-            await run("umount", self._folder)  # a dead one is left behind
-        if loops := await in_thread(mounts.loops_of, self.volume):
-            raise AgentError(f"is still used through {loops[0]}")
+
+    async def _busy(self) -> bool:
+        loops = await in_thread(mounts.loops_of, self.volume)
+        return bool(loops) or await in_thread(mounts.mounted_at, self._folder) is not None
+
+    async def _take_away(self) -> None:
+        for loop in await in_thread(mounts.loops_of, self.volume):
+            await run("losetup", "--detach", loop)
+        if await in_thread(mounts.mounted_at, self._folder):
+            await run("umount", self._folder)
 
     async def kill(self) -> None:
         """Make everything that waits for the server fail."""
@@ -92,8 +101,7 @@ class Bridge:
 
     async def present(self) -> bool:
         """Whether anything of it is there."""
-        found = await in_thread(mounts.mounted_at, self._folder), await in_thread(mounts.loops_of, self.volume)
-        return any(found) or bool(await in_thread(self._processes))
+        return await self._busy() or bool(await in_thread(self._processes))
 
     def forget(self) -> None:
         """Look after it no more; it goes on."""
