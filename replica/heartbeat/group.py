@@ -163,7 +163,7 @@ class GroupRunner:
 
     def _failed_too_often(self) -> Ready:
         if self._failures_in_window() >= self.settings.max_failures:
-            return Ready(Readiness.NO, self._failed_words)
+            return Ready(Readiness.NO, self._failed_words or f"{self.resource} {self.problem}")
         if self._failed_out:
             # Until somebody has mended it: going back and failing again would be an outage each time.
             return Ready(Readiness.RELUCTANT, f"{self._failed_words}; `replicactl cluster --clear` forgets it")

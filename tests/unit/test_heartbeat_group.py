@@ -13,19 +13,20 @@ from tests.processes import PATIENCE_S
 
 
 class Service:
-    """Runs or not; mends itself when it is looked at, if it `mends`, and that takes until `mended` is set. What it stands on
-    has to run.
+    """Runs or not, and what it stands on has to run. If it `mends` itself, then when it is looked at, and that takes
+    until `mended` is set.
     """
 
     def __init__(self, below: "Service | None" = None, mends: bool = False) -> None:
         self.below = below
         self.mends = mends
-        self.mending, self.mended = asyncio.Event(), asyncio.Event()
+        self.mending, self.mended, self.failed = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.runs = False
         self.starts = 0
 
     def _demand(self) -> None:
         if self.below is not None and not self.below.runs:
+            self.failed.set()
             raise AgentError("has nothing to stand on")
 
     async def start(self, start: Start) -> None:
@@ -94,8 +95,7 @@ def test_what_a_failed_resource_stands_on_is_mended_first() -> None:
         await until(lambda: group.status is Status.STARTED)
         volume.runs = False
         await volume.mending.wait()
-        while not group.resources[1].problem:
-            await asyncio.sleep(0)
+        await folder.failed.wait()
         for _ in range(100):  # whatever is done about it at once is done
             await asyncio.sleep(0)
         volume.mended.set()
