@@ -12,6 +12,7 @@ from tests.hosts.namespace import LabError
 from tests.processes import PATIENCE_S
 
 _EVERY_S: Final = 0.05
+_SETTLED_S: Final = 4.0
 _DEPOSITOR: Final = Path(__file__).with_name("depositor.py")
 #: What the web server runs for each document: it answers when document and name are on the disk of the volume.
 STORE: Final = """#!/bin/sh
@@ -76,6 +77,17 @@ class Deposits:
             if not self._changed.wait_for(reached, timeout_s):
                 raise LabError(f"{node.name} accepts documents: not within {timeout_s:g} s")
             return self.accepted[-count][0]
+
+    def wait_settled(self) -> Host:
+        """Until the same node has accepted documents for some seconds; which one."""
+        since = now()
+        with self._changed:
+            self._changed.wait_for(lambda: self._settled(since), PATIENCE_S)
+            return self._lab.hosts[self.accepted[-1][2]]
+
+    def _settled(self, since: float) -> bool:
+        recent = [one for one in self.accepted if one[0] > max(since, now() - _SETTLED_S)]
+        return now() - since > _SETTLED_S and len({one[2] for one in recent}) == 1
 
     def missing(self) -> list[str]:
         """The numbers of accepted documents that are not there any more, or differ."""

@@ -44,6 +44,7 @@ _PROGRAMS: Final = {
 }
 #: Starts it again when it dies, as systemd does.
 _SUPERVISOR: Final = 'until "$@"; do sleep 0.1; done'
+_LAST_LINES: Final = 40
 _PAGE: Final = "The page of the cluster"
 
 
@@ -348,6 +349,16 @@ class Tutorial:
         self.screen.tick("both copies are the same, byte for byte, and e2fsck finds nothing to mend")
 
 
+def _last_lines(lab: Lab) -> str:
+    """What was done, and what the cluster managers say about it."""
+    lines = [f"{moment:.3f} {event}" for moment, event in lab.events]
+    for host in lab.nodes:
+        for name, text in host.logs():
+            if name.startswith(("replica", "r0")):
+                lines += [f"── {host.name}: {name}", *text.splitlines()[-_LAST_LINES:]]
+    return "\n".join(lines)
+
+
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -383,7 +394,7 @@ def main() -> int:
             return 130
         except (Failed, LabError, AssertionError) as error:
             screen.cross(str(error))
-            screen.line(lab.report(), "dim")
+            screen.line(_last_lines(lab), "dim")
             return 1
     screen.line()
     screen.line(f"All {len(screen.ticks)} checks passed in {time.monotonic() - began_s:.0f} s.", "bold green")
