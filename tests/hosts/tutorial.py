@@ -227,7 +227,7 @@ class Tutorial:
             node.write(_CONFIG, text)
         self._run("(umask 077; replicactl secret > /etc/replica/cluster.key)", node1)
         self.node2.write("/etc/replica/cluster.key", node1.read("/etc/replica/cluster.key"), 0o600)
-        self._run("replicactl create-md r0 --size 1G")
+        self._run("replicactl create-md r0 --size 256M")
         for node in self.lab.nodes:
             screen.command(f"root@{node.name}# replicad r0")
             node.spawn("replicad", "replicad", "r0")
