@@ -58,12 +58,9 @@ class Lab:
         self.lock = threading.RLock()  # power is also cut by the fence device, in a thread of its own
         #: What was done: when (`now`), what.
         self.events: list[tuple[float, str]] = []
-        #: All namespaces that were ever made for it.
-        self.identities: set[str] = set()
         #: Loop devices that its hosts had mounted, and their files.
         self.loop_devices: set[tuple[str, str]] = set()
         self.ground = Namespace("ground", {"disks": str(self.disks)}, ["--net", "--mount", "--pid"], within=None)
-        self.identities |= self.ground.identities
         self.switch = Switch(self.ground, networks=2)
         second = (lambda last: [Card("eth1", 1, f"10.0.0.{last}/24")]) if second_network else lambda last: []
         self.node1 = Host(self, "node1", [Card("eth0", 0, "192.168.2.44/24"), *second(1)])

@@ -17,6 +17,8 @@ from tests.hosts.switch import some
 
 pytestmark = pytest.mark.root
 
+#: Set by make test-cluster: everything, at length.
+_ALL = bool(os.environ.get("REPLICA_ALL_SCENARIOS"))
 _TUTORIAL = ROOT / "tests/unit/ha.d"
 _DEADTIME_S = 1.0
 _QUIET_S = 1.0
@@ -37,6 +39,8 @@ def run(new_lab: Callable[..., Lab]) -> Play:
     """``run(scenario, second_network=…)``: the phases of a scenario, none of which had two holders."""
 
     def run(scenario: Scenario, second_network: bool = False) -> list[Phase]:
+        if scenario.web and not _ALL:
+            pytest.skip("it takes long: make test-cluster has it")
         if missing := scenario.missing():
             pytest.skip(missing)
         lab = new_lab(second_network=second_network)
@@ -128,21 +132,23 @@ def _disk_full(cluster: Cluster) -> Iterator[Phase]:
     yield cluster.phase("power cut", cluster.node2.power_cut, cluster.node1)
 
 
-_FLAPS = 40 if os.environ.get("REPLICA_ALL_SCENARIOS") else 4
+_FLAPS = 40 if _ALL else 3
 
 
 def _losing(cluster: Cluster) -> Iterator[Phase]:
-    """A third of all heartbeats is lost on one of two paths."""
+    """A third of all heartbeats is lost on one of two paths; at length, also while all processors are busy."""
     yield cluster.phase("start", cluster.start, cluster.node1)
 
     def lose() -> None:
+        for number in range((os.cpu_count() or 1) if _ALL else 0):
+            cluster.lab.nodes[number % 2].spawn("busy", "sh", "-c", "while :; do :; done")
         for node in cluster.lab.nodes:
             cluster.lab.cut(node, cluster.lab.peer(node), f"{HEARTBEAT_PORT} {some(30)}")
 
     yield cluster.phase("losses", lose, at_most_s=_LOSSES_S)
 
 
-_LOSSES_S = 600.0 if os.environ.get("REPLICA_ALL_SCENARIOS") else 10.0
+_LOSSES_S = 600.0 if _ALL else 5.0
 
 
 @pytest.mark.parametrize(
