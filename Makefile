@@ -114,7 +114,8 @@ power-cuts: setup vm-image ## nodes in virtual machines lose power, ROUNDS=6 tim
 	  tests/vm/test_power_cut.py $(PYTEST_ARGS)
 
 test-vm: setup vm-image ## the kernel's NBD client on a stock kernel: nbd-client, map, failovers (REPLICA_SEED= replays)
-	REPLICA_VM_DIR=$(VM_DIR) $(BIN)/python -m pytest -s tests/vm/test_kernel_device.py $(PYTEST_ARGS)
+	REPLICA_VM_DIR=$(VM_DIR) $(BIN)/python -m pytest -s tests/vm/test_kernel_device.py \
+	  tests/vm/test_third_machine.py $(PYTEST_ARGS)
 
 vm-image: vm-setup $(VM_IMAGE) # as root; cached in build/vm or $REPLICA_VM_DIR
 
