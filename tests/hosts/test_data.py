@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.hosts import apache
 from tests.hosts.host import Host, now
 from tests.hosts.lab import Lab
 from tests.hosts.replicated import Replicated, need_data
@@ -60,6 +61,15 @@ def test_without_a_fence_device_that_answers_nothing_is_promoted(cluster: Replic
     assert "could not be fenced" in cluster.status(cluster.node2)["sentence"]
     cluster.fence.broken = False
     cluster.served_by(cluster.node2)
+
+
+def test_a_killed_apache_is_started_again_where_it_was(cluster: Replicated) -> None:
+    page = cluster.write(cluster.node1)
+    since = now()
+    apache.kill(cluster.node1)
+    cluster.probe.wait(lambda seen: bool(seen.outages(since, now(), pages=True)), "it is missed")
+    cluster.probe.wait_page(page)
+    assert {who for _, who in cluster.probe.timeline.recent(since)} == {"node1"}
 
 
 def test_a_killed_replicad_costs_no_data(cluster: Replicated) -> None:
