@@ -29,6 +29,7 @@ _PROGRAMS: Final = {
     "pivot_root": "util-linux",
     "ip": "iproute2",
     "nft": "nftables",
+    "ping": "iputils-ping",
 }
 _CAP_SYS_ADMIN: Final = 1 << 21
 _LAST_LINES: Final = 80
