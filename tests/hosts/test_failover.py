@@ -167,11 +167,42 @@ def test_more_that_can_happen(run: Play, story: Callable[[Cluster], Iterator[Pha
     assert [phase.holder for phase in phases] == holders
 
 
+_SECOND_PATH = ("ucast eth1 10.0.0.1", "ucast eth1 10.0.0.2")
+
+
 def test_losses_on_one_of_two_paths_move_nothing(run: Play) -> None:
-    paths = ("ucast eth1 10.0.0.1", "ucast eth1 10.0.0.2")
-    scenario = Scenario("losses", _losing, HaFiles(more=(*_TIMES, *paths)))
+    scenario = Scenario("losses", _losing, HaFiles(more=(*_TIMES, *_SECOND_PATH)))
     _, losses = run(scenario, second_network=True)
     assert losses.holder == "node1" and losses.outage_s == 0
+
+
+def _out_of_reach(cluster: Cluster) -> Iterator[Phase]:
+    """node1 is cut off from the clients, but not from node2."""
+    yield cluster.phase("start", cluster.start, cluster.node1)
+    yield cluster.phase("pulled", lambda: cluster.node1.pull("eth0"), cluster.node2)
+    yield cluster.phase("plugged in", lambda: cluster.node1.plug("eth0"), *cluster.lab.nodes)
+
+
+def test_a_node_that_clients_cannot_reach_hands_over(run: Play) -> None:
+    scenario = Scenario("out of reach", _out_of_reach, HaFiles(more=(*_TIMES, *_SECOND_PATH)))
+    assert [phase.holder for phase in run(scenario, second_network=True)][:2] == ["node1", "node2"]
+
+
+def _bad_switch(cluster: Cluster) -> Iterator[Phase]:
+    """The same with a cable that looks whole: only the ping node does not answer node1 any more."""
+    yield cluster.phase("start", cluster.start, cluster.node1)
+
+    def cut() -> None:
+        for source, target in ((cluster.node1, cluster.lab.client), (cluster.lab.client, cluster.node1)):
+            cluster.lab.cut(source, target)
+
+    yield cluster.phase("cut", cut, cluster.node2)
+
+
+def test_a_node_that_reaches_fewer_ping_nodes_hands_over(run: Play) -> None:
+    files = HaFiles(more=(*_TIMES, "deadping 1", "ping 192.168.2.10", *_SECOND_PATH))
+    phases = run(Scenario("bad switch", _bad_switch, files), second_network=True)
+    assert [phase.holder for phase in phases] == ["node1", "node2"]
 
 
 def test_the_files_of_the_tutorial_as_they_are_printed(lab: Lab) -> None:
