@@ -118,7 +118,6 @@ class Host:
             "files": {"/etc/hostname": f"{self.name}\n", "/etc/hosts": self.lab.hosts_file()},
         }
         self._running = Namespace("host", spec, _NAMESPACES, within=self.lab.ground)
-        self.lab.identities |= self._running.identities
         for card, port in zip(self.cards, self.ports(), strict=True):
             self.lab.switch.connect(port, card.network, self._running.pid, card.interface, card.mac)
             link = ["ip", "link", "set", card.interface]
