@@ -27,7 +27,7 @@ SEEDS ?= 1000
 START ?= 1
 JOBS ?= 0
 
-.PHONY: help venv setup demo test lint format bench bench-failover test-cluster soak database power-cuts hosts-setup vm-setup vm-image sim sim-canaries fuzz clients test-vm clean
+.PHONY: help venv setup demo test lint format bench bench-failover test-cluster tutorial soak database power-cuts hosts-setup vm-setup vm-image sim sim-canaries fuzz clients test-vm clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
