@@ -17,7 +17,8 @@ from replica.heartbeat import clock
 from replica.heartbeat.agents import neighbours
 from replica.heartbeat.agents.addresses import lifetime_s
 from replica.heartbeat.agents.base import AgentError, Start, Surroundings
-from replica.heartbeat.agents.ip import KINDS, AddressAgent, held_elsewhere
+from replica.heartbeat.agents.ip import AddressAgent, held_elsewhere
+from replica.heartbeat.agents.ip_options import KINDS
 from replica.heartbeat.node_state import Readiness
 from replica.heartbeat.settings import Auth, AuthMethod, HeartbeatSettings, ResourceSettings, Timing
 from tests.network import ip, neighbour, own_network, printing

@@ -14,8 +14,7 @@ from typing import Any, Final, NamedTuple
 from replica.heartbeat import clock
 from replica.heartbeat.agents import addresses, neighbours
 from replica.heartbeat.agents.addresses import Interface, Lease, Link, Watch
-from replica.heartbeat.agents.base import AgentError, Kind, Start, Surroundings
-from replica.heartbeat.agents.ip_options import OPTIONS, check
+from replica.heartbeat.agents.base import AgentError, Start, Surroundings
 from replica.heartbeat.agents.threads import in_thread
 from replica.heartbeat.node_state import Readiness, Ready
 from replica.heartbeat.settings import ResourceSettings
@@ -353,14 +352,3 @@ class AddressAgent:
         if self._announcing is not None:
             self._announcing.cancel()
             self._announcing = None
-
-
-KINDS: Final = (
-    Kind(
-        name="ip",
-        options=OPTIONS,
-        title=lambda options: f"ip {options['ip']}",
-        make=AddressAgent,
-        check=check,
-    ),
-)

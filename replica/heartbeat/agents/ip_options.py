@@ -1,11 +1,16 @@
-"""What can be said of an address in the configuration. Pure."""
+"""The kind "ip" as the configuration has it.
+
+The agent itself (`replica.heartbeat.agents.ip`), with all that it takes to talk to the kernel, is imported only where one
+is made: every program reads the configuration.
+"""
 
 import ipaddress
 from collections.abc import Mapping
 from typing import Any, Final
 
 from replica.config_values import text
-from replica.heartbeat.agents.base import Option
+from replica.heartbeat.agents.base import Agent, Kind, Option, Surroundings
+from replica.heartbeat.settings import ResourceSettings
 
 #: (IFNAMSIZ of linux/if.h, less the final zero.)
 _MAX_NAME: Final = 15
@@ -51,7 +56,7 @@ def _parse_broadcast(value: object) -> str:
         raise ValueError(f"must be an IPv4 address, not {value!r}") from None
 
 
-def check(options: Mapping[str, Any]) -> None:
+def _check(options: Mapping[str, Any]) -> None:
     interface = ipaddress.ip_interface(options["ip"])
     if interface.version == 6:
         for name in ("label", "broadcast"):
@@ -61,9 +66,23 @@ def check(options: Mapping[str, Any]) -> None:
             raise ValueError(f"{interface.ip} needs interface: every interface has its network")
 
 
-OPTIONS: Final = {
-    "ip": Option(parse_address),
-    "interface": Option(_parse_interface, ""),
-    "label": Option(_parse_label, ""),
-    "broadcast": Option(_parse_broadcast, ""),
-}
+def _make(settings: ResourceSettings, surroundings: Surroundings) -> Agent:
+    from replica.heartbeat.agents.ip import AddressAgent
+
+    return AddressAgent(settings, surroundings)
+
+
+KINDS: Final = (
+    Kind(
+        name="ip",
+        options={
+            "ip": Option(parse_address),
+            "interface": Option(_parse_interface, ""),
+            "label": Option(_parse_label, ""),
+            "broadcast": Option(_parse_broadcast, ""),
+        },
+        title=lambda options: f"ip {options['ip']}",
+        make=_make,
+        check=_check,
+    ),
+)

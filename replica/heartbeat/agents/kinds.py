@@ -10,7 +10,7 @@ MODULES: Final = {
     "replica": "replicated",
     "map": "mapped",
     "mount": "mount",
-    "ip": "ip",
+    "ip": "ip_options",
     "systemd": "systemd",
     "lsb": "scripts",
     "resource.d": "scripts",
