@@ -2,8 +2,8 @@
 
 SIGTERM hands everything over to the other node and ends. SIGHUP starts the daemon anew in the same process (another
 version of it, another configuration) and moves nothing; while the settings have an error, it changes nothing. When it
-is killed, addresses that it holds run out in the
-kernel by themselves; the next daemon finds what runs and goes on with it.
+is killed, addresses that it holds run out in the kernel by themselves; the next daemon finds what runs and goes on with
+it.
 """
 
 import argparse

@@ -96,11 +96,12 @@ class GroupRunner:
             log.warning(
                 "%s: runs although this node does not hold it (%s): stopping it.", self.name, ", ".join(running)
             )
-            self.stop()
+            await self._stop()
         elif unknown:
             # Nothing says that this node has started it: stopping by force what may not be there mends nothing.
             self._give_up(f"whether {', '.join(unknown)} runs here is not known")
         else:
+            self._worker = None
             self._become(Status.STOPPED)
 
     def start(self, *, peer_is_dead: bool) -> None:
@@ -346,7 +347,9 @@ class GroupRunner:
                 return await resource.agent.active()
         except (TimeoutError, ReplicaError, OSError) as error:
             log.warning("%s: whether %s runs is not known (%s).", self.name, resource.settings.name, error)
-            return None
+        except Exception:
+            log.exception("%s: whether %s runs is not known", self.name, resource.settings.name)
+        return None
 
     def _become(self, status: Status) -> None:
         if status is not self.status:
