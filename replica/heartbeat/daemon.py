@@ -124,6 +124,8 @@ class Daemon:
                 return False
             # Here, where heartbeats still go: they may take their time to end.
             await self._clients.stop()
+            # From now until the next one listens, nobody does, and they would end the process.
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
             return True
         finally:
             for task in (*tasks, feeding):
@@ -252,8 +254,7 @@ async def _serve(settings: HeartbeatSettings, reread: Callable[[], object]) -> b
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     again = await Daemon(settings, reread).run(leave, restart)
     if again:
-        # From now until the next one listens, nobody does, and they would end the process.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        await in_thread(lambda: None)  # the loop has looked at what came before they were blocked
         if leave.is_set():
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
     return again

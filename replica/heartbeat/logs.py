@@ -5,6 +5,7 @@ import logging
 import logging.handlers
 import os
 import queue
+import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -45,6 +46,7 @@ class _InTheBackground(logging.handlers.QueueHandler):
             written.wait(_FLUSH_S)
 
     def _write(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are for those who wait for them
         while True:
             record = self._waiting.get()
             if isinstance(record, threading.Event):

@@ -435,6 +435,8 @@ class Manager:
                             await tell(f"{name}: released")
                         elif self.claims[name].owner == to and status is Status.FAILED:
                             raise Refused(f"{name} has failed on {to}: {self.decision.groups[name].words}.")
+                        elif self.claims[name].owner != to and name in released:
+                            raise Refused(f"{name} has come back from {to}: {self.decision.groups[name].words}.")
                         await self.next_change()
                     await tell(f"{name}: acquired by {to}")
         except TimeoutError:
