@@ -55,7 +55,7 @@ class ControlTimeout(ControlError):
     """The daemon has not given its final answer in the time allowed."""
 
 
-class _ClientGone(Exception):
+class ClientGone(Exception):
     """The client closed the connection while events were being sent to it."""
 
 
@@ -131,7 +131,7 @@ class ControlServer:
             await self._serve(reader, writer)
         except asyncio.CancelledError:
             _write(writer, {"error": f"{_served_by(self.path)} stopped before it was done: ask again once it runs"})
-        except (_ClientGone, ConnectionError):
+        except (ClientGone, ConnectionError):
             _log.debug("a control client went away before its answer")
         finally:
             self._connections.discard(task)
@@ -140,12 +140,12 @@ class ControlServer:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async def send_event(event: dict[str, Any]) -> None:
             if writer.is_closing():
-                raise _ClientGone
+                raise ClientGone
             _write(writer, {"event": event})
             try:
                 await writer.drain()
             except ConnectionError:
-                raise _ClientGone from None
+                raise ClientGone from None
 
         try:
             async with asyncio.timeout(REQUEST_TIMEOUT_S):
@@ -166,7 +166,7 @@ class ControlServer:
         try:
             # Packed here because a result that cannot be sent is a fault of the handler like any other.
             return pack({"ok": await self._handler(verb, args, send_event)})
-        except _ClientGone:
+        except ClientGone:
             raise
         except ReplicaError as error:
             return pack({"error": str(error)})

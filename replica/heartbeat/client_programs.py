@@ -3,10 +3,13 @@
 import asyncio
 import contextlib
 import logging
+import os
 import pwd
+import subprocess
 from collections.abc import Sequence
 from typing import Final
 
+from replica.heartbeat.agents.threads import in_thread
 from replica.heartbeat.settings import Respawn
 
 log = logging.getLogger("replica.heartbeat")
@@ -42,7 +45,7 @@ class ClientPrograms:
             began_s = loop.time()
             try:
                 status = await self._run(program)
-            except (OSError, KeyError) as error:
+            except (OSError, KeyError, subprocess.SubprocessError) as error:
                 log.warning("respawn: %s cannot be started as %s (%s).", name, program.user, error)
             else:
                 if status == ENOUGH:
@@ -54,24 +57,44 @@ class ClientPrograms:
             await asyncio.sleep(pause_s)
 
     async def _run(self, program: Respawn) -> int:
-        user = pwd.getpwnam(program.user)
-        process = await asyncio.create_subprocess_exec(
-            *program.command,
-            stdin=asyncio.subprocess.DEVNULL,
-            user=user.pw_uid,
-            group=user.pw_gid,
-            extra_groups=[],
-            start_new_session=True,
-        )
-        log.info("respawn: %s runs (pid %d).", program.command[0], process.pid)
+        starting = asyncio.ensure_future(in_thread(_start, program))
         try:
-            return await process.wait()
+            process = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            starting.add_done_callback(_discard)
+            raise
+        log.info("respawn: %s runs (pid %d).", program.command[0], process.pid)
+        ended = asyncio.Event()
+        loop, descriptor = asyncio.get_running_loop(), os.pidfd_open(process.pid)
+        loop.add_reader(descriptor, ended.set)
+        try:
+            await ended.wait()
+        except asyncio.CancelledError:
+            process.terminate()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_GRACE_S):
+                    await ended.wait()
+            process.kill()
+            raise
         finally:
-            if process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    process.terminate()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_GRACE_S):
-                        await process.wait()
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
+            loop.remove_reader(descriptor)
+            os.close(descriptor)
+        return process.wait()
+
+
+def _start(program: Respawn) -> "subprocess.Popen[bytes]":
+    """Blocks. (Not asyncio's own: on uvloop a program cannot be started as another user.) OSError, KeyError."""
+    user = pwd.getpwnam(program.user)
+    return subprocess.Popen(
+        program.command,
+        stdin=subprocess.DEVNULL,
+        user=user.pw_uid,
+        group=user.pw_gid,
+        extra_groups=[],
+        start_new_session=True,
+    )
+
+
+def _discard(starting: "asyncio.Future[subprocess.Popen[bytes]]") -> None:
+    if not starting.cancelled() and starting.exception() is None:
+        starting.result().kill()

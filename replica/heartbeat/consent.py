@@ -5,15 +5,19 @@ fencing is the first.
 """
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from replica.errors import ReplicaError
 from replica.heartbeat import clock
 from replica.heartbeat.decide import Consent
 from replica.heartbeat.fencing import Fencer
 from replica.heartbeat.settings import GroupSettings, HeartbeatSettings
 from replica.tasks import spawn
+
+log = logging.getLogger("replica.heartbeat")
 
 #: Until a refusal is asked about again.
 RETRY_S: Final = 0.5
@@ -35,7 +39,7 @@ class Judge(Protocol):
     """Says whether a group may be taken from `peer`, which is silent."""
 
     async def ask(self, group: GroupSettings, peer: str) -> Answer:
-        """Raises nothing."""
+        """What it raises is taken for a refusal."""
 
 
 class FencingJudge:
@@ -83,6 +87,8 @@ class Consents:
         self._changed = changed
         self._answers: dict[str, Answer] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
+        #: Refusals that are old enough to ask again.
+        self._due: set[str] = set()
         #: When (`clock.now`) the other node was known not to run; None: it is not known.
         self.fenced_s: float | None = None
         self._vouched = ""
@@ -96,9 +102,14 @@ class Consents:
             return Consent.PENDING, f"making sure that {self._peer} is dead"
         return Consent.NOT_ASKED, ""
 
+    def due(self, group: str) -> bool:
+        """Whether a refusal is to be asked about again. (It stands until there is another answer.)"""
+        return group in self._due
+
     def ask(self, group: GroupSettings) -> None:
         """Ask, unless that is under way or answered."""
-        if group.name not in self._asking and group.name not in self._answers:
+        if group.name not in self._asking and (group.name in self._due or group.name not in self._answers):
+            self._due.discard(group.name)
             self._asking[group.name] = spawn(self._ask(group), f"consent for {group.name}")
 
     def vouch(self, words: str) -> None:
@@ -114,13 +125,14 @@ class Consents:
             task.cancel()
         self._asking.clear()
         self._answers.clear()
+        self._due.clear()
         self.fenced_s = None
         self._vouched = ""
 
     async def _ask(self, group: GroupSettings) -> None:
         # What is heard of it from now on is not from before its end.
         began_s = clock.now()
-        answer = Answer(True, self._vouched, True) if self._vouched else await self._judge.ask(group, self._peer)
+        answer = Answer(True, self._vouched, True) if self._vouched else await self._judged(group)
         del self._asking[group.name]
         self._answers[group.name] = answer
         if answer.fenced:
@@ -129,7 +141,17 @@ class Consents:
             asyncio.get_running_loop().call_later(answer.retry_s, self._ask_again, group.name, answer)
         self._changed()
 
+    async def _judged(self, group: GroupSettings) -> Answer:
+        """A judge that fails has not granted anything, and is asked again like one that refuses."""
+        try:
+            return await self._judge.ask(group, self._peer)
+        except (OSError, ReplicaError) as error:
+            return Answer(False, f"whether {self._peer} is dead cannot be found out ({error})")
+        except Exception as error:
+            log.exception("whether %s is dead cannot be found out", self._peer)
+            return Answer(False, f"whether {self._peer} is dead cannot be found out ({error!r})")
+
     def _ask_again(self, group: str, answer: Answer) -> None:
         if self._answers.get(group) is answer:
-            del self._answers[group]
+            self._due.add(group)
             self._changed()

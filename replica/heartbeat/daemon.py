@@ -1,8 +1,9 @@
 """`replica-heartbeat`: this node's part of the cluster, in the foreground.
 
 SIGTERM hands everything over to the other node and ends. SIGHUP starts the daemon anew in the same process (another
-version of it, another configuration) and moves nothing. When it is killed, addresses that it holds run out in the
-kernel by themselves; the next daemon finds what runs and goes on with it.
+version of it, another configuration) and moves nothing; while the settings have an error, it changes nothing. When it
+is killed, addresses that it holds run out in the kernel by themselves; the next daemon finds what runs and goes on with
+it.
 """
 
 import argparse
@@ -13,18 +14,20 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import uvloop
 
 from nbdserver.log_limit import limit_log
 from replica.config_values import CLUSTER_MANAGER
-from replica.control import ControlServer, SendEvent
+from replica.control import ClientGone, ControlServer, SendEvent
 from replica.errors import ReplicaError
 from replica.heartbeat import clock, host
 from replica.heartbeat.agents.ip import held_elsewhere
+from replica.heartbeat.agents.threads import in_thread
 from replica.heartbeat.client_programs import ClientPrograms
 from replica.heartbeat.consent import FencingJudge
 from replica.heartbeat.fencing import Fencer
@@ -42,13 +45,15 @@ from replica.supervisor import notify_supervisor
 log = logging.getLogger("replica.heartbeat")
 
 PROGRAM = CLUSTER_MANAGER
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Daemon:
-    """The node with its sockets, its control socket and its logs."""
+    """The node with its sockets, its control socket and its logs. `reread` reads the settings again; ReplicaError."""
 
-    def __init__(self, settings: HeartbeatSettings) -> None:
+    def __init__(self, settings: HeartbeatSettings, reread: Callable[[], object]) -> None:
         self._settings = settings
+        self._reread = reread
         self._fencer = Fencer(settings)
         judge = FencingJudge(settings, self._fencer, functools.partial(_held_elsewhere, settings))
         self._manager = Manager(
@@ -83,7 +88,7 @@ class Daemon:
             await self._pinger.open()
             if self._watchdog is not None:
                 self._watchdog.open()
-            await self._manager.begin(self._links, self._pinger)
+            self._manager.begin(self._links, self._pinger)
             self._clients.start()
             notify_supervisor("READY=1")
             log.info(
@@ -105,7 +110,7 @@ class Daemon:
         running = asyncio.create_task(self._manager.run(), name="heartbeats")
         feeding = asyncio.create_task(self._feed(), name="watchdog")
         leaving = asyncio.create_task(leave.wait())
-        restarting = asyncio.create_task(restart.wait())
+        restarting = asyncio.create_task(self._told_to_restart(restart))
         tasks: set[asyncio.Task[Any]] = {running, leaving, restarting}
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -113,15 +118,31 @@ class Daemon:
                 notify_supervisor("STOPPING=1")
                 log.info("Leaving the cluster: handing everything over.")
                 self._manager.leave()
-                await asyncio.wait({running, restarting}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({running})
             if running.done():
                 await running
                 return False
+            # Here, where heartbeats still go: they may take their time to end.
+            await self._clients.stop()
+            # From now until the next one listens, nobody does, and they would end the process.
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
             return True
         finally:
             for task in (*tasks, feeding):
                 task.cancel()
             await asyncio.gather(*tasks, feeding, return_exceptions=True)
+
+    async def _told_to_restart(self, restart: asyncio.Event) -> None:
+        """Return when the daemon is to start anew, and can."""
+        while True:
+            await restart.wait()
+            restart.clear()
+            try:
+                await in_thread(self._reread)
+            except ReplicaError as error:
+                log.error("Not starting anew, since that would fail: %s", error)
+            else:
+                return
 
     async def _feed(self) -> None:
         while self._watchdog is not None:
@@ -196,7 +217,9 @@ class Daemon:
 
 
 async def _tell(send: SendEvent, words: str) -> None:
-    await send({"done": words})
+    # Whoever asked may have gone: what was begun is carried through all the same.
+    with contextlib.suppress(ClientGone):
+        await send({"done": words})
 
 
 async def _held_elsewhere(settings: HeartbeatSettings, group: GroupSettings) -> str:
@@ -219,7 +242,7 @@ def _stay(why: str) -> None:
     """on-stop-failure = "nothing": said once by the group itself, and shown by every status."""
 
 
-async def _serve(settings: HeartbeatSettings) -> bool:
+async def _serve(settings: HeartbeatSettings, reread: Callable[[], object]) -> bool:
     leave, restart = asyncio.Event(), asyncio.Event()
     # Ignoring it is inherited, and would hide the exit status of what is started.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -227,7 +250,14 @@ async def _serve(settings: HeartbeatSettings) -> bool:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, leave.set)
     loop.add_signal_handler(signal.SIGHUP, restart.set)
-    return await Daemon(settings).run(leave, restart)
+    # What came while the daemon before this one ended is heard now.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    again = await Daemon(settings, reread).run(leave, restart)
+    if again:
+        await in_thread(lambda: None)  # the loop has looked at what came before they were blocked
+        if leave.is_set():
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+    return again
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -241,16 +271,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--log-level", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
     args = parser.parse_args(argv)
     try:
-        settings = load_settings(args.config, args.ha_dir, args.node)
+        read = functools.partial(load_settings, args.config, args.ha_dir, args.node)
+        settings = read()
         set_up_logging(settings.logging, args.log_level)
         limit_log()
         host.be_in_time()
-        again = uvloop.run(_serve(settings))
+        again = uvloop.run(_serve(settings, read))
     except ReplicaError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1
     if again:
         log.info("Starting anew.")
+        logging.shutdown()
         os.execv(sys.executable, [sys.executable, "-m", "replica.heartbeat.daemon", *(argv or sys.argv[1:])])
     return 0
 

@@ -67,6 +67,8 @@ class Group:
     consent: Consent = Consent.NOT_ASKED
     #: Why the consent is as it is, as the end of a sentence.
     consent_words: str = ""
+    #: It was refused so long ago that it is to be asked for again.
+    ask_again: bool = False
     #: An operator asked this node to give it away.
     unwanted: bool = False
     #: What makes it not ready here has lasted, so that starting something again does not mend it.
@@ -143,11 +145,18 @@ def decide(snapshot: Snapshot) -> Decision:
     if phase is Phase.LEAVING:
         words.append(f"{snapshot.node} is leaving")
     words += [f"{name} {verdict.words}" for name, verdict in verdicts.items()]
-    if phase is Phase.LEAVING and all(
-        group.state.status.holds_nothing and verdicts[group.name].action is None for group in snapshot.groups
-    ):
+    if phase is Phase.LEAVING and all(_done_with(group, verdicts[group.name]) for group in snapshot.groups):
         phase = Phase.LEFT
     return Decision("; ".join(words) + ".", phase, verdicts)
+
+
+def _done_with(group: Group, verdict: Verdict) -> bool:
+    """Whether a node that leaves need not wait for it. One that is stuck stays where it is, and is not said to be
+    released: the other node does not take it for that.
+    """
+    if group.state.status is Status.STUCK:
+        return True
+    return group.state.status.holds_nothing and verdict.action is None
 
 
 def _phase(snapshot: Snapshot) -> Phase:
@@ -205,6 +214,11 @@ class _Case:
         return self.theirs is not None and self.theirs.status.holds_nothing and self.theirs.claim == self.claim
 
     @property
+    def _peer_stuck(self) -> bool:
+        """The other node talks, and cannot stop it."""
+        return self.peer.alive and not self.peer.left and self.theirs is not None and self.theirs.status is Status.STUCK
+
+    @property
     def _peer_could(self) -> bool:
         return self._peer_up and self.theirs is not None and self.theirs.ready.readiness is Readiness.YES
 
@@ -236,6 +250,8 @@ class _Case:
             return self._do("waits")
         if not self.peer.alive or self.peer.left:
             return self._take()
+        if self.theirs is None and self.peer.state is not None:
+            return self._do(f"waits until {self.peer.name} knows the group: make the settings the same")
         if not self._peer_up or self.theirs is None:
             return self._do(f"waits for {self.peer.name} to tell its state")
         if self.node != min(self.node, self.peer.name):
@@ -257,7 +273,7 @@ class _Case:
         if self.peer.alive and not self.peer.left:
             if self.theirs is None:
                 return self._do(f"belongs to {self.claim.owner}, which has not told its state yet")
-            if self.theirs.status is Status.STUCK:
+            if self._peer_stuck:
                 return self._take()
             return self._do(f"{self._on_peer()}{', asked for it' if self.mine.wanted else ''}")
         return self._take()
@@ -287,7 +303,11 @@ class _Case:
             case Consent.PENDING:
                 return self._do(f"is to be taken: {self.group.consent_words}")
             case Consent.REFUSED:
-                return self._do(f"is not taken: {self.group.consent_words}")
+                again = Action.ASK_CONSENT if self.group.ask_again else None
+                return self._do(f"is not taken: {self.group.consent_words}", again)
+        if self._peer_stuck and not self.peer.fenced:
+            # The consent is good for a silent node; this one has said that it still holds something of it.
+            return self._do(f"is not taken: {self.peer.name} cannot stop it, and is not fenced")
         start = Action.START_ALONE if self.peer.fenced else Action.START
         return self._do(f"is taken: {self.group.consent_words}", start, self.claim.next(self.node))
 
@@ -357,7 +377,11 @@ class _Case:
     def _resume(self) -> Verdict:
         if self.mine.ready.readiness is Readiness.NO:
             return self._do(f"is withheld: {self.mine.ready.why}")
+        if self._peer_stuck:
+            return self._take()
         if self.peer.alive and not self._released:
+            if self.theirs is None and self.peer.state is not None:
+                return self._do(f"is withheld until {self.peer.name} knows the group: make the settings the same")
             return self._do(f"is withheld until {self.peer.name} agrees")
         return self._do("runs here", Action.START)
 
@@ -369,6 +393,6 @@ class _Case:
             if ready.readiness is Readiness.IF_ALONE and self.peer.alive:
                 return self._do(f"is not started: {ready.why}")
             return self._do("is started", Action.START_ALONE if self.peer.fenced else Action.START)
-        if self.peer.alive and not self.peer.left:
+        if self.peer.alive and not self.peer.left and not self._peer_stuck:
             return self._do(f"waits until {self.peer.name} has let go")
         return self._take()

@@ -11,7 +11,7 @@ import functools
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from enum import Enum, auto
-from typing import Final
+from typing import Final, TypeVar
 
 from replica.errors import ReplicaError
 from replica.heartbeat.agents.base import Agent, Start, Surroundings
@@ -21,6 +21,8 @@ from replica.heartbeat.settings import GroupSettings, HeartbeatSettings, Resourc
 from replica.tasks import spawn
 
 log = logging.getLogger("replica.heartbeat")
+
+T = TypeVar("T")
 
 #: Between two attempts of a stop that fails.
 STOP_PAUSE_S: Final = 1.0
@@ -41,6 +43,8 @@ class Resource:
         self.agent = agent
         self.running = False
         self.problem = ""
+        #: What its agent has failed with unexpectedly, and the log knows by now.
+        self.fault = ""
         #: A monitor is due: by its interval, or because the agent has noticed something.
         self.look = asyncio.Event()
         #: Held while it is looked at, which may also mend it.
@@ -76,13 +80,17 @@ class GroupRunner:
 
     # ── what the daemon asks ─────────────────────────────────────────────────────────────────────────────────
 
-    async def begin(self, *, held: bool) -> None:
+    def begin(self, *, held: bool) -> None:
         """When the daemon starts. `held`: an earlier daemon of this node has left the group running; it goes on, but is
-        certain of nothing (SUSPENDED). Otherwise whatever runs of it is stopped.
+        certain of nothing (SUSPENDED). Otherwise it is looked whether anything of it runs, which takes its time, and
+        that is stopped; until that is known, the group is being stopped.
         """
         if held:
             self._become(Status.SUSPENDED)
-            return
+        else:
+            self._worker = spawn(self._stop_what_runs(), f"leftovers of {self.name}")
+
+    async def _stop_what_runs(self) -> None:
         active = await asyncio.gather(*(self._active(resource) for resource in self.resources))
         running = [r.settings.name for r, is_active in zip(self.resources, active, strict=True) if is_active]
         unknown = [r.settings.name for r, is_active in zip(self.resources, active, strict=True) if is_active is None]
@@ -90,11 +98,12 @@ class GroupRunner:
             log.warning(
                 "%s: runs although this node does not hold it (%s): stopping it.", self.name, ", ".join(running)
             )
-            self.stop()
+            await self._stop()
         elif unknown:
             # Nothing says that this node has started it: stopping by force what may not be there mends nothing.
             self._give_up(f"whether {', '.join(unknown)} runs here is not known")
         else:
+            self._worker = None
             self._become(Status.STOPPED)
 
     def start(self, *, peer_is_dead: bool) -> None:
@@ -124,13 +133,13 @@ class GroupRunner:
     def let_go(self) -> None:
         """What others can see of it goes at once."""
         for resource in reversed(self.resources):
-            resource.agent.let_go()
+            self._guarded(resource, resource.agent.let_go)
 
     def hold(self, until_s: float) -> None:
         """It may be held until then (`Agent.hold`)."""
         if self.status in (Status.STARTING, Status.STARTED):
             for resource in self.resources:
-                resource.agent.hold(until_s)
+                self._guarded(resource, functools.partial(resource.agent.hold, until_s))
 
     def look(self, resource: Resource) -> None:
         """An agent has noticed something."""
@@ -141,7 +150,9 @@ class GroupRunner:
         """Whether it could run here."""
         worst = self._failed_too_often()
         for resource in self.resources:
-            ready = resource.agent.ready()
+            ready = self._guarded(resource, resource.agent.ready) or Ready(
+                Readiness.NO, f"{resource.settings.name} has an agent that fails (see the log)"
+            )
             if ready.readiness < worst.readiness:
                 worst = ready
         return worst
@@ -152,6 +163,8 @@ class GroupRunner:
         self._failed_out = False
         if self.status is Status.FAILED:
             self._become(Status.STOPPED)
+        if self.status is Status.STUCK:
+            self.stop()
 
     async def close(self) -> None:
         """The daemon ends: whatever runs goes on."""
@@ -330,7 +343,22 @@ class GroupRunner:
             return str(error)
         except OSError as error:
             return f"failed ({error.strerror or error})"
+        except Exception as error:
+            log.exception("%s: an agent has failed", self.name)
+            return f"was not {done}: its agent has failed ({error!r})"
         return ""
+
+    def _guarded(self, resource: Resource, call: Callable[[], T]) -> T | None:
+        """What an agent answers at once. None: it has failed, which is neither the end of this daemon nor that of what
+        is asked of the other resources.
+        """
+        try:
+            return call()
+        except Exception as error:
+            if repr(error) != resource.fault:
+                resource.fault = repr(error)
+                log.exception("%s: the agent of %s has failed", self.name, resource.settings.name)
+            return None
 
     async def _active(self, resource: Resource) -> bool | None:
         """None: it is not known."""
@@ -339,7 +367,9 @@ class GroupRunner:
                 return await resource.agent.active()
         except (TimeoutError, ReplicaError, OSError) as error:
             log.warning("%s: whether %s runs is not known (%s).", self.name, resource.settings.name, error)
-            return None
+        except Exception:
+            log.exception("%s: whether %s runs is not known", self.name, resource.settings.name)
+        return None
 
     def _become(self, status: Status) -> None:
         if status is not self.status:

@@ -95,6 +95,10 @@ class Held:
             if not self._complained:
                 self._complained = True
                 log.warning("%s cannot be written (%s): a restart will know less.", path, error.strerror or error)
+            if not durable:
+                # Less, but nothing that is not so any more: what it says is believed without asking anybody.
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -55,9 +55,12 @@ class Watchdog:
     def close(self) -> None:
         """End it in good order ("magic close")."""
         if self._descriptor is not None:
-            os.write(self._descriptor, b"V")
-            os.close(self._descriptor)
-            self._descriptor = None
+            descriptor, self._descriptor = self._descriptor, None
+            try:
+                os.write(descriptor, b"V")
+            except OSError as error:
+                log.warning("the watchdog %s cannot be ended (%s).", self._path, error.strerror)
+            os.close(descriptor)
 
 
 def reboot(why: str) -> None:
@@ -66,7 +69,8 @@ def reboot(why: str) -> None:
     logging.shutdown()
     libc = ctypes.CDLL(None, use_errno=True)
     for _ in range(2):
-        libc.reboot(ctypes.c_int(_RB_AUTOBOOT))
+        if libc.reboot(ctypes.c_int(_RB_AUTOBOOT)) != 0:
+            break  # it is not allowed to, and the heartbeats go on
         # In a container it is carried out by a signal to its first process.
         time.sleep(_PATIENCE_S)
     problem = os.strerror(ctypes.get_errno() or errno.EPERM)

@@ -88,6 +88,7 @@ class Manager:
         self.claims = {name: Claim(held.terms.get(name, 0)) for name in self.runners}
         self._wanted: set[str] = set()
         self._unwanted: set[str] = set()
+        self._fenced_self: set[str] = set()
         self.began_s = self._sent_s = clock.now()
         self._listen_until_s = self.began_s + settings.timing.initdead_s
         self._unready_since_s: dict[str, float] = {}
@@ -108,7 +109,7 @@ class Manager:
 
     # ── life ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def begin(self, network: Network, pings: Pings) -> None:
+    def begin(self, network: Network, pings: Pings) -> None:
         """Find out what an earlier daemon of this node has left behind, and take part."""
         self._network, self._pings = network, pings
         now = clock.now()
@@ -119,7 +120,12 @@ class Manager:
             if group is not None:
                 self.claims[name] = group.claim
             held = group is not None and group.running and group.claim.owner == self.settings.node
-            await runner.begin(held=held)
+            runner.begin(held=held)
+        for name, group in previous.groups.items():
+            if group.running and name not in self.runners:
+                log.warning(
+                    "%s runs here, and is not configured any more: what it has started goes on unwatched.", name
+                )
         if any(group.running for group in previous.groups.values()):
             # Nobody can have taken over in so short a time, whoever lives.
             quick = previous.peer_was_dead and previous.age_s < self.settings.timing.deadtime_s * _PAUSE_PART
@@ -186,13 +192,16 @@ class Manager:
         for runner in self.runners.values():
             if runner.status in (Status.STARTED, Status.STARTING):
                 runner.suspend()
+            else:
+                runner.let_go()
         self._network.renew()
         self._pings.restart()
         self.consents.forget()
         log.warning("This node was paused for %.1f s: it holds nothing until it knows what has happened.", asleep_s)
-        if self.phase is Phase.UP:
+        if self.phase in (Phase.UP, Phase.LISTENING):
+            # Also when it listened already: what it has heard so far was forgotten just now.
             self.phase = Phase.LISTENING
-            self._listen_until_s = now + self.settings.timing.deadtime_s
+            self._listen_until_s = max(self._listen_until_s, now + self.settings.timing.deadtime_s)
 
     def think(self) -> None:
         """Decide, and do it."""
@@ -224,7 +233,9 @@ class Manager:
     def _look_at_peer(self, now: float) -> PeerView:
         peer = self._network.peer()
         if not self._is_alive(now, peer.heard_s):
-            self._steady_since_s = None
+            if self._steady_since_s is not None:
+                self._steady_since_s = None
+                self._remember()
             return peer
         if peer.start_number != self._peer_start:
             self._peer_restarted = self._peer_start != 0
@@ -233,6 +244,7 @@ class Manager:
         if self._steady_since_s is None:
             self._steady_since_s = now
             self.consents.forget()
+            self._remember()
         return peer
 
     @property
@@ -279,8 +291,16 @@ class Manager:
         if state.ready.readiness is not Readiness.NO:
             self._unready_since_s.pop(name, None)
         unready_s = now - self._unready_since_s.setdefault(name, now) if state.ready.readiness is Readiness.NO else 0.0
-        unwanted, long_unready = name in self._unwanted, unready_s >= _UNREADY_S
-        return Group(name, runner.settings.preferred, state, consent, words, unwanted, long_unready)
+        return Group(
+            name,
+            runner.settings.preferred,
+            state,
+            consent,
+            words,
+            ask_again=self.consents.due(name),
+            unwanted=name in self._unwanted,
+            long_unready=unready_s >= _UNREADY_S,
+        )
 
     def group_state(self, runner: GroupRunner) -> GroupState:
         """What this node says of a group."""
@@ -319,7 +339,9 @@ class Manager:
                 runner.suspend()
             case Action.ASK_CONSENT:
                 self.consents.ask(runner.settings)
-            case Action.FENCE_SELF:
+            case Action.FENCE_SELF if name not in self._fenced_self:
+                # Once: where it cannot be done, doing it again and again would only hold up the heartbeats.
+                self._fenced_self.add(name)
                 self._publish(always=True)
                 self._fence_self(runner.problem)
 
@@ -413,6 +435,8 @@ class Manager:
                             await tell(f"{name}: released")
                         elif self.claims[name].owner == to and status is Status.FAILED:
                             raise Refused(f"{name} has failed on {to}: {self.decision.groups[name].words}.")
+                        elif self.claims[name].owner != to and name in released:
+                            raise Refused(f"{name} has come back from {to}: {self.decision.groups[name].words}.")
                         await self.next_change()
                     await tell(f"{name}: acquired by {to}")
         except TimeoutError:
@@ -439,6 +463,7 @@ class Manager:
 
     def clear_failures(self) -> None:
         """An operator has mended what failed."""
+        self._fenced_self.clear()
         for runner in self.runners.values():
             runner.forget_failures()
         self.wake()

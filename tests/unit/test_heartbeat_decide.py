@@ -411,3 +411,50 @@ def test_another_secret_is_named() -> None:
     group = Group("web", "node1", state(THEIRS))
     decision = decide(Snapshot("node1", dead(state(THEIRS, STARTED), wrong_secret=True), Phase.UP, (group,)))
     assert "signs with another secret: compare the keys" in decision.sentence
+
+
+STUCK_THERE = state(MINE, Status.STUCK, problem="apache cannot be stopped")
+
+
+@pytest.mark.parametrize("mine", [state(MINE), state(MINE, Status.SUSPENDED)])
+def test_a_node_that_cannot_let_go_is_not_waited_for_but_fenced(mine: GroupState) -> None:
+    """Also when the claim has come to this node meanwhile."""
+    assert verdict(mine, alive(STUCK_THERE)).action is Action.ASK_CONSENT
+    without = verdict(mine, alive(STUCK_THERE), **GRANTED)
+    assert (without.action, without.words) == (None, "is not taken: node2 cannot stop it, and is not fenced")
+    fenced = verdict(mine, alive(STUCK_THERE, fenced=True), **GRANTED)
+    assert fenced.action is Action.START_ALONE
+
+
+def test_what_is_half_stopped_there_is_not_started_here_without_fencing() -> None:
+    stuck = state(THEIRS, Status.STUCK)
+    assert verdict(state(THEIRS), alive(stuck), **GRANTED).action is None
+    assert verdict(state(THEIRS), alive(stuck, fenced=True), **GRANTED).claim == Claim(5, "node1")
+
+
+def test_a_refusal_is_asked_about_again_under_the_same_words() -> None:
+    refused = {"consent": Consent.REFUSED, "consent_words": "fencing failed"}
+    silent = dead(state(THEIRS, STARTED))
+    first, again = (
+        decide(Snapshot("node1", silent, Phase.UP, (Group("web", "node1", state(THEIRS), ask_again=due, **refused),)))  # type: ignore[arg-type]
+        for due in (False, True)
+    )
+    assert first.sentence == again.sentence
+    assert (first.groups["web"].action, again.groups["web"].action) == (None, Action.ASK_CONSENT)
+
+
+def test_a_group_that_the_other_node_does_not_know() -> None:
+    stranger = Peer("node2", alive=True, silent_s=0.1, state=NodeState(Phase.UP, {}), steady=True)
+    words = "node2 knows the group: make the settings the same"
+    assert verdict(state(Claim(4)), stranger).words == f"waits until {words}"
+    assert verdict(state(MINE, Status.SUSPENDED), stranger).words == f"is withheld until {words}"
+    assert verdict(state(MINE, STARTED), stranger).action is None
+
+
+def test_a_node_can_leave_with_a_group_that_it_cannot_stop() -> None:
+    """It does not say that it has let go of it."""
+    group = Group("web", "node1", state(MINE, Status.STUCK, problem="apache cannot be stopped"))
+    decision = decide(Snapshot("node1", alive(state(MINE)), Phase.LEAVING, (group,)))
+    assert decision.phase is Phase.LEFT
+    left = alive(state(THEIRS, Status.STUCK), Phase.LEFT)
+    assert verdict(state(THEIRS), left).action is Action.ASK_CONSENT

@@ -1,6 +1,5 @@
 """Commands of the administrator's own: start, stop, and (or else nothing is watched) monitor."""
 
-import asyncio
 import hashlib
 import os
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from typing import Any, Final
 from replica import config_values as values
 from replica.heartbeat.agents.base import AgentError, Kind, Option, Surroundings
 from replica.heartbeat.agents.service import Seen, Service, State
+from replica.heartbeat.agents.threads import in_thread
 from replica.heartbeat.settings import ResourceSettings
 
 _STARTING: Final = "starting"
@@ -34,17 +34,17 @@ class ExecuteAgent(Service):
         super().__init__(settings, surroundings)
 
     async def run_start(self) -> None:
-        await asyncio.to_thread(self._note, _STARTING)
+        await in_thread(self._note, _STARTING)
         result = await self.execute("start", self._start)
         if result.status != 0:
             raise AgentError(f"cannot be started: its start {result.said}")
-        await asyncio.to_thread(self._note, _STARTED)
+        await in_thread(self._note, _STARTED)
 
     async def run_stop(self) -> None:
         result = await self.execute("stop", self._stop)
         if result.status != 0:
             raise AgentError(f"cannot be stopped: its stop {result.said}")
-        await asyncio.to_thread(self._note_path.unlink, missing_ok=True)
+        await in_thread(self._note_path.unlink, missing_ok=True)
 
     async def look(self, *, probe: bool) -> Seen:
         if self._monitor is not None:
@@ -56,7 +56,7 @@ class ExecuteAgent(Service):
                 return Seen(State.UNKNOWN, problem)
         else:
             problem = "was not started here, or not to the end"
-        noted = await asyncio.to_thread(self._noted)
+        noted = await in_thread(self._noted)
         if not noted:
             return Seen(State.STOPPED, problem)
         known_by_note_alone = self._monitor is None and noted == _STARTED

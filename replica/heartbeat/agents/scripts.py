@@ -5,7 +5,6 @@ resource script is called, and its words are judged, as Heartbeat's ResourceMana
 """
 
 import abc
-import asyncio
 import logging
 import os
 import re
@@ -16,6 +15,7 @@ from typing import Any, Final
 from replica.heartbeat.agents.base import AgentError, Kind, Option, Surroundings
 from replica.heartbeat.agents.leftovers import Daemon, end_leftovers, find_daemon
 from replica.heartbeat.agents.service import Result, Seen, Service, State
+from replica.heartbeat.agents.threads import in_thread
 from replica.heartbeat.settings import ResourceSettings
 
 log = logging.getLogger("replica.heartbeat.agents")
@@ -67,14 +67,14 @@ class _Script(Service):
     async def look(self, *, probe: bool) -> Seen:
         seen = self.judge(await self._run("status", quiet=True))
         if seen.state is State.RUNNING:
-            self._daemon = await asyncio.to_thread(find_daemon, Path(self._script).name)
+            self._daemon = await in_thread(find_daemon, Path(self._script).name)
         return seen
 
     async def _end_leftovers(self) -> None:
         """A script that has lost its daemon's first process does not stop the others."""
         if self._daemon is None:
             return
-        count = await asyncio.to_thread(end_leftovers, self._daemon)
+        count = await in_thread(end_leftovers, self._daemon)
         if count:
             log.warning("%s: %d processes were left of it, and have been ended.", self.settings.name, count)
 

@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 
 from replica import programs
 from replica.heartbeat.agents.base import AgentError, Start, Surroundings
+from replica.heartbeat.agents.threads import in_thread
 from replica.heartbeat.node_state import Readiness, Ready
 from replica.heartbeat.settings import ResourceSettings
 from replica.hooks import one_line
@@ -108,7 +109,7 @@ class Service(abc.ABC):
     # ── the agent ────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def start(self, start: Start) -> None:
-        absent = await asyncio.to_thread(self.absent)
+        absent = await in_thread(self.absent)
         if absent:
             raise AgentError(f"cannot be started: {absent}")
         seen = await self._look()
@@ -124,7 +125,7 @@ class Service(abc.ABC):
             raise AgentError(f"{seen.said or 'does not run'}, although its start ended well")
 
     async def stop(self) -> None:
-        absent = await asyncio.to_thread(self.absent)
+        absent = await in_thread(self.absent)
         if absent and not self.ran:
             return
         await self.run_stop()
@@ -141,7 +142,7 @@ class Service(abc.ABC):
             raise AgentError(seen.said)
 
     async def active(self) -> bool:
-        if await asyncio.to_thread(self.absent):
+        if await in_thread(self.absent):
             return False
         seen = await self._look()
         if seen.state is State.UNKNOWN:
@@ -217,7 +218,7 @@ class Presence:
 
     async def _look(self) -> None:
         try:
-            found = await asyncio.to_thread(self._missing)
+            found = await in_thread(self._missing)
         finally:
             self._looked_s = time.monotonic()
             self._looking = None

@@ -72,7 +72,7 @@ CANARIES: Final = (
     Canary(
         "leftovers",
         "a daemon that starts says that it holds nothing without having looked",
-        "replica.heartbeat.group:GroupRunner.begin",
+        "replica.heartbeat.group:GroupRunner._stop_what_runs",
         "if any(active):",
         "if False:",
     ),

@@ -245,7 +245,7 @@ class Machine:
         self.loop.create_task(self._live(self.manager, self.links))
 
     async def _live(self, manager: Manager, links: SimLinks) -> None:
-        await manager.begin(links, SimPings())
+        manager.begin(links, SimPings())
         await manager.run()
         self.cluster.say(f"{self.name}: the daemon has left")
         await manager.close()
