@@ -3,6 +3,7 @@
 The pair is made as an operator makes it, and then left to the cluster manager.
 """
 
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from tests.processes import PATIENCE_S
 CONFIG: Final = "/etc/replica/replica.toml"
 BACKING: Final = "/srv/r0.img"
 FOLDER: Final = "/srv/data"
+#: Loop devices are the machine's, and known by the path of their file: two runs at a time must not meet there.
+RUN: Final = f"/run/replica-{os.getpid()}"
 _SECRET: Final = "a-secret-of-forty-eight-letters-for-both-nodes-00"
 #: Between two looks at a daemon that does not answer: it is about to be started, or the host to be booted.
 _LOOK_S: Final = 0.05
@@ -52,13 +55,14 @@ def toml(
 [cluster]
 name = "web"
 secret-file = "cluster.key"
+run-dir = "{RUN}"
 [node.node1]
 address = "{addresses["node1"]}"
 [node.node2]
 address = "{addresses["node2"]}"
 [resource.r0]
 port = 7789
-nbd = "unix:/run/replica/r0.nbd"
+nbd = "unix:{RUN}/r0.nbd"
 backing = "{BACKING}"
 {resource}
 [heartbeat]
@@ -128,7 +132,7 @@ class Site:
         node.write("/tmp/site/www/index.html", "The page of the cluster\n")
         node.run("mke2fs", "-q", "-t", "ext4", "-d", "/tmp/site", "/tmp/fs", size)
         node.run("debugfs", "-w", "-R", "sif /www/documents uid 33", "/tmp/fs")
-        node.run("nbdcopy", "/tmp/fs", "nbd+unix:///r0?socket=/run/replica/r0.nbd")
+        node.run("nbdcopy", "/tmp/fs", f"nbd+unix:///r0?socket={RUN}/r0.nbd")
 
     def configure(self, text: str) -> None:
         """On all nodes that are on; the cluster manager reads it when it starts, or by `reload`."""
@@ -248,7 +252,11 @@ class Site:
 
     @staticmethod
     def _socket(node: Host, name: str) -> Path:
-        return Path(f"/proc/{node.namespace.pid}/root/run/replica/{node.name}/{name}.sock")
+        runs = Path(f"/proc/{node.namespace.pid}/root")
+        folder = next(
+            (runs / folder for folder in (RUN[1:], "run/replica") if (runs / folder).exists()), runs / RUN[1:]
+        )
+        return folder / node.name / f"{name}.sock"
 
 
 def _in_sync(status: dict[str, Any]) -> bool:

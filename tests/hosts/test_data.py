@@ -4,11 +4,11 @@ import signal
 from collections.abc import Callable, Iterator
 
 import pytest
+from tests.hosts.replicated import Replicated, need_data
 
 from tests.hosts import apache
 from tests.hosts.host import Host, now
 from tests.hosts.lab import Lab
-from tests.hosts.replicated import Replicated, need_data
 
 pytestmark = pytest.mark.root
 
