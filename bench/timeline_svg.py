@@ -12,6 +12,7 @@ _LANE, _GAP, _TITLE, _AXIS = 12, 10, 26, 24
 _COLOURS: Final = {"node1": "#2a6fb0", "node2": "#e08a1e"}
 _BOTH: Final = "#c81e1e"
 _TEXT: Final = 'font-family="sans-serif" font-size="11"'
+_SMALL: Final = 'font-family="sans-serif" font-size="9"'
 _STEPS_S: Final = (1, 2, 5, 10, 20, 30, 60)
 _MOST_STEPS = 14
 
@@ -63,7 +64,7 @@ def _strip(strip: Strip, top: float, scale: float) -> list[str]:
     for moment, text in strip.marks:
         x = _LEFT + moment * scale
         parts.append(f'<path d="M{x:.1f} {top - 4:g}v{3 * _LANE + 4}" stroke="black" stroke-dasharray="2 2"/>')
-        parts.append(f'<text x="{x + 2:.1f}" y="{top - 3:g}" {_TEXT} font-size="9">{escape(text)}</text>')
+        parts.append(f'<text x="{x + 2:.1f}" y="{top - 3:g}" {_SMALL}>{escape(text)}</text>')
     return parts
 
 

@@ -93,6 +93,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._is_lost = True
+        if self._engine is not None and isinstance(exc, TlsFailure):
+            log.warning("dropping %s: %s", self.peer_name, exc)
         for timer in self._timers:
             timer.cancel()
         if self._claiming is not None:

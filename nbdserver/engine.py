@@ -66,7 +66,8 @@ class RequestEngine:
         self._structured = dialect.structured_replies
         self._transport = transport
         self._received = received
-        self._limits = limits
+        self._in_flight_limit_bytes = limits.in_flight_bytes
+        self._slow_limit = limits.slow_requests
         self._peer_name = peer_name
         self._settled = settled
         self._loop = asyncio.get_running_loop()
@@ -146,8 +147,8 @@ class RequestEngine:
         """Some replies have to get out before anything more may be executed."""
         return (
             self._write_paused
-            or self._in_flight_bytes + self._received.held_bytes > self._limits.in_flight_bytes
-            or self._slow >= self._limits.slow_requests
+            or self._in_flight_bytes + self._received.held_bytes > self._in_flight_limit_bytes
+            or self._slow >= self._slow_limit
         )
 
     def _progress(self) -> None:
@@ -194,11 +195,12 @@ class RequestEngine:
 
     def _take_requests(self) -> bool:
         """Take plain writes and reads, and then one request of another kind. False: more input is needed."""
-        export, received = self._export, self._received
+        export, received, output = self._export, self._received, self._output
         memory, view, position, end = received.memory, received.view, received.start, received.end
         size_bytes = export.size_bytes
         writable_bytes = -1 if export.read_only else size_bytes
-        unpack_from, read = REQUEST.unpack_from, self._read
+        unpack_from, read_now = REQUEST.unpack_from, export.read_now
+        is_structured, pack_data = self._structured, structured.pack_data
         writes: list[tuple[int, memoryview]] = []
         cookies: list[bytes] = []
         more = is_other = False
@@ -218,8 +220,24 @@ class RequestEngine:
                 writes, cookies = [], []
             if kind == PLAIN_READ and 0 < length <= c.MAX_REQUEST_BYTES and offset + length <= size_bytes:
                 position += REQUEST_BYTES
-                if read(cookie, offset, length):
+                try:
+                    data = read_now(offset, length)
+                except OSError as error:
+                    output.append(self._failure(c.CMD_READ, cookie, wire_error(error.errno)))
                     continue
+                if data is None:
+                    self._start_read(cookie, offset, length, whole=False)
+                    more = True  # after a look at the limits
+                    break
+                # What is in the page cache is sent as data, hole or not: to look would take longer.
+                if is_structured:
+                    output += (pack_data(structured.DATA_DONE, cookie, length + 8, offset), data)
+                else:
+                    output += (REPLY_OK + cookie, data)
+                self._output_bytes += length
+                if self._output_bytes < _SEND_BYTES:
+                    continue
+                self._send_output()
                 more = True
             else:
                 is_other = True
@@ -257,7 +275,7 @@ class RequestEngine:
             self._send(self._failure(command, cookie, error))
         elif command == c.CMD_READ:
             if length:
-                self._read(cookie, offset, length, whole=bool(flags & c.CMD_FLAG_DF))
+                self._start_read(cookie, offset, length, whole=bool(flags & c.CMD_FLAG_DF))
             else:
                 self._send(structured.nothing(cookie) if self._structured else reply(cookie, 0))
         elif length == 0 and command != c.CMD_FLUSH:
@@ -316,29 +334,13 @@ class RequestEngine:
 
     # ---- execution
 
-    def _read(self, cookie: bytes, offset: int, length: int, *, whole: bool = False) -> bool:
-        """Answer a read at once or start a task for it. False: look at the limits before going on."""
-        try:
-            data = self._export.read_now(offset, length)
-        except OSError as error:
-            self._output.append(self._failure(c.CMD_READ, cookie, wire_error(error.errno)))
-            return True
-        if data is None:
-            work = (
-                slow_requests.read_structured(self._export, cookie, offset, length, whole=whole)
-                if self._structured
-                else slow_requests.read_simple(self._export, cookie, offset, length)
-            )
-            self._start(c.CMD_READ, cookie, length, work)
-            return False
-        # What is in the page cache is sent as data, hole or not: to look would take longer.
-        header = structured.data(cookie, offset, length) if self._structured else REPLY_OK + cookie
-        self._output += (header, data)
-        self._output_bytes += length
-        if self._output_bytes < _SEND_BYTES:
-            return True
-        self._send_output()
-        return False
+    def _start_read(self, cookie: bytes, offset: int, length: int, *, whole: bool) -> None:
+        work = (
+            slow_requests.read_structured(self._export, cookie, offset, length, whole=whole)
+            if self._structured
+            else slow_requests.read_simple(self._export, cookie, offset, length)
+        )
+        self._start(c.CMD_READ, cookie, length, work)
 
     def _submit(self, writes: list[tuple[int, memoryview]], cookies: list[bytes]) -> None:
         charge = sum([len(data) for _, data in writes]) + REQUEST_COST_BYTES * len(writes)

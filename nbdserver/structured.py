@@ -10,21 +10,24 @@ from nbdserver import constants as c
 from nbdserver.extents import Extent
 from nbdserver.meta_context import BASE_ALLOCATION_ID
 
-# Magic, flags and type are one number here, as in a request.
-_CHUNK = Struct(">Q8sI")  # kind, cookie, length of what follows
-_DATA = Struct(">Q8sIQ")  # …, offset
-_HOLE = Struct(">Q8sIQI")  # …, offset, length of the hole
-_ERROR = Struct(">Q8sIIH")  # …, error number, length of the text
+# Magic, flags and type are one field here, the kind, as in a request; as bytes they are packed faster.
+_CHUNK = Struct(">8s8sI")  # kind, cookie, length of what follows
+_DATA = Struct(">8s8sIQ")  # …, offset
+_HOLE = Struct(">8s8sIQI")  # …, offset, length of the hole
+_ERROR = Struct(">8s8sIIH")  # …, error number, length of the text
 _U32 = Struct(">I")
 _DESCRIPTOR = Struct(">II")
 
+#: What `data` does, for reads that are answered in place: of (kind, cookie, length + 8, offset).
+pack_data = _DATA.pack
 
-def _kind(chunk_type: int, flags: int) -> int:
-    return c.STRUCTURED_REPLY_MAGIC << 32 | flags << 16 | chunk_type
+
+def _kind(chunk_type: int, flags: int) -> bytes:
+    return (c.STRUCTURED_REPLY_MAGIC << 32 | flags << 16 | chunk_type).to_bytes(8, "big")
 
 
 _NONE_DONE = _kind(c.REPLY_NONE, c.REPLY_FLAG_DONE)
-_DATA_DONE = _kind(c.REPLY_OFFSET_DATA, c.REPLY_FLAG_DONE)
+DATA_DONE = _kind(c.REPLY_OFFSET_DATA, c.REPLY_FLAG_DONE)
 _DATA_MORE = _kind(c.REPLY_OFFSET_DATA, 0)
 _HOLE_DONE = _kind(c.REPLY_OFFSET_HOLE, c.REPLY_FLAG_DONE)
 _HOLE_MORE = _kind(c.REPLY_OFFSET_HOLE, 0)
@@ -44,7 +47,7 @@ _ERROR_TEXTS = {
 
 def data(cookie: bytes, offset: int, length: int, *, last: bool = True) -> bytes:
     """The header of a READ's chunk; `length` > 0 bytes of data have to follow it."""
-    return _DATA.pack(_DATA_DONE if last else _DATA_MORE, cookie, length + 8, offset)
+    return pack_data(DATA_DONE if last else _DATA_MORE, cookie, length + 8, offset)
 
 
 def hole(cookie: bytes, offset: int, length: int, *, last: bool) -> bytes:

@@ -72,11 +72,16 @@ class TlsFiles:
         except OSError as error:
             raise TlsFileError("cert", f"{self.cert} or {self.key} cannot be read ({error.strerror})") from None
         if self.ca is not None:
-            try:
-                context.load_verify_locations(self.ca)
-            except (OSError, ssl.SSLError) as error:
-                raise TlsFileError("ca", f"{self.ca} cannot be read ({error.strerror})") from None
-            context.verify_mode = ssl.CERT_REQUIRED
+            load_authority(context, self.ca)
+
+
+def load_authority(context: ssl.SSLContext, ca: Path) -> None:
+    """Let the context accept only certificates of this authority. Raises TlsFileError."""
+    try:
+        context.load_verify_locations(ca)
+    except (OSError, ssl.SSLError) as error:
+        raise TlsFileError("ca", f"{ca} cannot be read ({error.strerror})") from None
+    context.verify_mode = ssl.CERT_REQUIRED
 
 
 @dataclass(frozen=True)

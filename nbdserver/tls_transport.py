@@ -1,9 +1,10 @@
 """TLS on top of a transport, for a `BufferedProtocol`: what `loop.start_tls` does, and what it does not.
 
 The transports of asyncio and uvloop cannot half-close under TLS (a client that is drained would lose its replies, or
-the drain would have to wait for it), and drop the alert that tells the other side why a handshake failed. This one has
-no buffer of its own, either: what is written is encrypted and handed down at once, and the flow control is that of the
-transport below.
+the drain would have to wait for it), and drop the alert that tells the other side why a handshake failed.
+
+What is written is encrypted in pieces, and only as fast as the transport below takes them: what waits is the caller's
+own data, and not a second, encrypted copy of it. To the flow control both are one buffer.
 """
 
 import asyncio
@@ -12,14 +13,18 @@ import ssl
 from collections.abc import Callable, Iterable
 from typing import Any, Final, cast
 
+from nbdserver.piece_queue import PIECE_BYTES, Buffer, PieceQueue
+
 _RECEIVE_BYTES: Final = 128 * 1024
+#: At most so much (and two pieces) is encrypted before the socket takes it.
+_AHEAD_BYTES: Final = 512 * 1024
+#: What TLS itself has to answer (to requests for new keys) while the other side takes nothing: some 2400 answers.
+_OWN_BYTES: Final = 64 * 1024
 #: How long a side that was refused has to read the alert before the connection is reset.
 _LINGER_S: Final = 1.0
 #: The first byte of the records that can begin a connection (RFC 8446, section 5.1).
 TLS_HANDSHAKE: Final = 0x16
 _ALERT: Final = 0x15
-
-Buffer = bytes | bytearray | memoryview
 
 
 class TlsFailure(ConnectionError):
@@ -37,6 +42,8 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
     that. On a failure it may still say something in plain on `below`; that is closed in any case. Who bounds the time
     of the handshake is the caller. The protocol above (`set_protocol`) is told of the connection's end, not of its
     beginning.
+
+    Buffers that are written must not change as long as `get_write_buffer_size` is not 0, as with uvloop's transports.
     """
 
     def __init__(
@@ -60,11 +67,18 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         self._reading = True
         self._pumping = False
         self._deaf = False  # what arrives is thrown away
+        self._waiting = PieceQueue()  # not encrypted yet
+        self._below_is_paused = False
+        self._own_bytes = 0  # what TLS itself has answered since it is
+        self._above_is_paused = False
+        self._mute = False  # nothing more is taken from above
+        self._last: Callable[[], None] | None = None  # to be done when nothing is waiting any more
         self._said_end = False  # close_notify was sent
         self._keep_open = False  # the other side has ended its direction, ours goes on
         self._closing = False
         self._failure: TlsFailure | None = None
         below.set_protocol(self)
+        self.set_write_buffer_limits(below.get_write_buffer_limits()[1])
         if not server_side:
             self._shake()
 
@@ -83,7 +97,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
             return
         except ssl.SSLError as error:
             self._send_down()  # the alert
-            self._fail(TlsFailure(_words(error)))
+            self._fail(TlsFailure(words(error)))
             return
         self._send_down()
         self._shaking = False
@@ -124,10 +138,15 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
     def eof_received(self) -> bool:
         if self._shaking:
             self._fail(TlsFailure("it hung up during the TLS handshake"))
-        return self._keep_open
+        elif not self._deaf:
+            # Closing sends what is on its way; a side that does not take that must not keep the connection.
+            asyncio.get_running_loop().call_later(_LINGER_S, self._below.abort)
+        return self._keep_open or self._last is not None
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._closing = self._deaf = True
+        self._closing = self._deaf = self._mute = True
+        self._waiting = PieceQueue()
+        self._last = None
         if self._shaking:
             self._shaking = False
             self._finished(TlsFailure("the connection was lost during the TLS handshake"))
@@ -136,12 +155,21 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
             above.connection_lost(self._failure or exc)
 
     def pause_writing(self) -> None:
-        if self._above is not None:
-            self._above.pause_writing()
+        self._below_is_paused = True
 
     def resume_writing(self) -> None:
-        if self._above is not None:
-            self._above.resume_writing()
+        self._below_is_paused = False
+        self._own_bytes = 0
+        self._send_waiting()
+        if self._waiting or self._below_is_paused:
+            return
+        if self._last is not None:
+            last, self._last = self._last, None
+            last()
+        if self._above_is_paused:
+            self._above_is_paused = False
+            if self._above is not None:
+                self._above.resume_writing()
 
     # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -156,7 +184,17 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
                 more = self._deliver(self._above)
         finally:
             self._pumping = False
-        self._send_down()  # what TLS itself has to answer
+        if self._outgoing.pending:
+            self._answer()
+
+    def _answer(self) -> None:
+        """Send what TLS itself has to say. Without a bound, whoever asks and does not listen would fill the memory."""
+        if self._below_is_paused:
+            self._own_bytes += self._outgoing.pending
+            if self._own_bytes > _OWN_BYTES:
+                self._break(TlsFailure("it asks for new keys without end"))
+                return
+        self._send_down()
 
     def _deliver(self, above: asyncio.BufferedProtocol) -> bool:
         """Fill one buffer of the protocol above. False: nothing more is there."""
@@ -179,7 +217,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         except ssl.SSLZeroReturnError:
             ended = True
         except ssl.SSLError as error:
-            failure = TlsFailure(_words(error))
+            failure = TlsFailure(words(error))
         if filled:
             above.buffer_updated(filled)
         if failure is not None:
@@ -206,27 +244,54 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
 
     def resume_reading(self) -> None:
         self._reading = True
-        if not self._below.is_closing():
+        asyncio.get_running_loop().call_soon(self._read_on)
+
+    def _read_on(self) -> None:
+        """What is already there comes first, so that it never gets more than one receive brings."""
+        self._pump()
+        if self._reading and not self._below.is_closing():
             self._below.resume_reading()
-            asyncio.get_running_loop().call_soon(self._pump)
 
     # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def write(self, data: Buffer) -> None:
-        if self._said_end or self._closing:
+        self.writelines((data,))
+
+    def writelines(self, list_of_data: Iterable[Buffer]) -> None:
+        if self._mute or self._below.is_closing():
             return
-        view = memoryview(data)
+        buffers = tuple(list_of_data)
+        size_bytes = sum(map(len, buffers))
+        if self._waiting or size_bytes > PIECE_BYTES or not self._below_has_room():
+            self._waiting.put(buffers)
+            self._send_waiting()
+        elif size_bytes:
+            self._encrypt(b"".join(buffers))  # one piece: every write to TLS begins a record of its own
+            self._send_down()
+        if self._below_is_paused and not self._above_is_paused and self.get_write_buffer_size() > self._high_bytes:
+            self._above_is_paused = True
+            if self._above is not None:
+                self._above.pause_writing()
+
+    def _send_waiting(self) -> None:
+        """Encrypt what waits, as far as the transport below takes it."""
+        while self._waiting and self._below_has_room():
+            self._encrypt(self._waiting.take())
+            if not self._waiting or self._outgoing.pending >= PIECE_BYTES:
+                self._send_down()
+
+    def _below_has_room(self) -> bool:
+        if self._below.is_closing():
+            return False
+        return not self._below_is_paused or self._below.get_write_buffer_size() < _AHEAD_BYTES
+
+    def _encrypt(self, piece: Buffer) -> None:
+        view = memoryview(piece)
         try:
             while view:
                 view = view[self._tls.write(view) :]
         except ssl.SSLError as error:
-            self._break(TlsFailure(_words(error)))
-            return
-        self._send_down()
-
-    def writelines(self, list_of_data: Iterable[Buffer]) -> None:
-        # One piece: every write to TLS begins a record of its own.
-        self.write(b"".join(list_of_data))
+            self._break(TlsFailure(words(error)))
 
     def _send_down(self) -> None:
         if self._outgoing.pending and not self._below.is_closing():
@@ -238,12 +303,25 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
     def write_eof(self) -> None:
         """Say (close_notify) that nothing more will come. What arrives from now on is thrown away."""
         self._deaf = True
+        if not self._mute:
+            self._mute = True
+            self._finally(self._end_below)
+
+    def _finally(self, last: Callable[[], None]) -> None:
+        """Do this when all that was written is on its way."""
+        if self._waiting and not self._below.is_closing():
+            self._last = last
+        else:
+            self._last = None
+            last()
+
+    def _end_below(self) -> None:
         self._say_end()
         if not self._below.is_closing():
             self._below.write_eof()
 
     def _say_end(self) -> None:
-        if self._said_end or self._shaking or self._closing:
+        if self._said_end or self._shaking:
             return
         self._said_end = True
         # It complains about what the other side has not said or still sends; the notice is made first.
@@ -252,13 +330,19 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         self._send_down()
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        self._below.set_write_buffer_limits(high, low)
+        """As in asyncio; but who was paused is resumed when nothing waits to be encrypted any more, not at `low`."""
+        if high is None:
+            high = 64 * 1024 if low is None else 4 * low
+        self._high_bytes = high
+        self._low_bytes = high // 4 if low is None else low
+        ahead_bytes = min(high, _AHEAD_BYTES)
+        self._below.set_write_buffer_limits(ahead_bytes, min(self._low_bytes, ahead_bytes // 4))
 
     def get_write_buffer_size(self) -> int:
-        return self._below.get_write_buffer_size()
+        return self._waiting.size_bytes + self._below.get_write_buffer_size()
 
     def get_write_buffer_limits(self) -> tuple[int, int]:
-        return self._below.get_write_buffer_limits()
+        return self._low_bytes, self._high_bytes
 
     # ── the rest of a transport ──────────────────────────────────────────────────────────────────────────────
 
@@ -276,17 +360,22 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         return self._closing or self._below.is_closing()
 
     def close(self) -> None:
-        self._deaf = True
+        """What was written is sent first, as far as the other side takes it."""
+        if not self._closing:
+            self._closing = self._deaf = self._mute = True
+            self._finally(self._close_below)
+
+    def _close_below(self) -> None:
         self._say_end()
-        self._closing = True
         self._below.close()
 
     def abort(self) -> None:
-        self._closing = self._deaf = True
+        self._closing = self._deaf = self._mute = True
+        self._last = None
         self._below.abort()
 
 
-def _words(error: ssl.SSLError) -> str:
+def words(error: ssl.SSLError) -> str:
     """What was wrong, without OpenSSL's numbers."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is refused ({error.verify_message})"

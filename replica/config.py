@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 from replica import config_values as values
 from replica.config_file import ConfigError, ConfigFile, Document, Table, suggestion
-from replica.config_tls import Tls, link_tls, nbd_tls
+from replica.config_tls import Tls, client_tls, link_tls, nbd_tls
 from replica.config_values import CLUSTER_MANAGER_STEM, Listen, NbdTls, TlsPaths
 from replica.heartbeat.sections import SECTIONS, Members, Sections, read_sections
 from replica.hooks import MAX_TIMEOUT_S, MIN_TIMEOUT_S, Event, HookSettings
+from replica.nbd_client_tls import ClientTls
 from replica.private_file import read_private_file
 from replica.split_brain import Policies
 from replica.toml_lines import KeyPath
@@ -101,6 +102,7 @@ class Config:
     is_member: bool = True
     tls: Tls | None = None  # of the peer link; None: off
     heartbeat: Sections | None = None  # of the cluster manager; None: the file has no such sections
+    client_tls: ClientTls | None = None  # of the NBD clients that run on this machine
 
     def resource(self, name: str | None = None) -> Resource:
         """The resource ``name``, or the only one when ``name`` is None; raises `ConfigError`."""
@@ -198,7 +200,10 @@ def load_config(
     cluster = _read_cluster(cluster_table, need_secret)
     resources = {name: _with_tls(file, resource, need_secret) for name, resource in resources.items()}
     tls = _read_link_tls(cluster_table, here, peer, need_secret)
-    return Config(file.path, cluster, here, peer, resources, is_member, tls, heartbeat)
+    clients = None
+    if "client-tls" in cluster_table.items:
+        clients = client_tls(file, cluster_table.value("client-tls", values.client_tls), _node_name(node))
+    return Config(file.path, cluster, here, peer, resources, is_member, tls, heartbeat, clients)
 
 
 def _read_resources(top: Table, here: Node, peer: Node, hooks: HookSettings) -> dict[str, Resource]:
@@ -258,7 +263,7 @@ def _node_name(name: str | None) -> str:
 
 
 def _read_cluster(table: Table, need_secret: bool) -> Cluster:
-    table.check_keys(("name", "secret-file", "state-dir", "run-dir", "tls"))
+    table.check_keys(("name", "secret-file", "state-dir", "run-dir", "tls", "client-tls"))
     file = table.file
     name = table.value("name", values.name, "name the cluster")
     secret_file = file.resolve(table.value("secret-file", values.text, "name the file of the shared secret"))

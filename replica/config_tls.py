@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 
 from nbdserver.handshake import TlsMode
 from nbdserver.tls import TlsFileError, TlsFiles
 from replica.config_file import Document
-from replica.config_values import NbdTls, TlsPaths
+from replica.config_values import ClientTlsPaths, NbdTls, TlsPaths
+from replica.nbd_client_tls import ClientTls
 from replica.toml_lines import KeyPath
 
 
@@ -48,6 +50,16 @@ def nbd_tls(file: Document, key: KeyPath, setting: NbdTls, node: str, *, read: b
     return Tls(files, setting.mode, not_after)
 
 
+def client_tls(file: Document, paths: ClientTlsPaths, machine: str) -> ClientTls:
+    """That of NBD clients on this machine, unchecked: it may be no client."""
+    cert, key = (None if path is None else _resolve(file, path, machine) for path in (paths.cert, paths.key))
+    return ClientTls(_resolve(file, paths.ca, machine), cert, key)
+
+
 def _files(file: Document, paths: TlsPaths, node: str) -> TlsFiles:
-    cert, key = (file.resolve(path.replace("%n", node)) for path in (paths.cert, paths.key))
-    return TlsFiles(cert, key, None if paths.ca is None else file.resolve(paths.ca.replace("%n", node)))
+    cert, key = (_resolve(file, path, node) for path in (paths.cert, paths.key))
+    return TlsFiles(cert, key, None if paths.ca is None else _resolve(file, paths.ca, node))
+
+
+def _resolve(file: Document, path: str, name: str) -> Path:
+    return file.resolve(path.replace("%n", name))

@@ -48,6 +48,15 @@ class TlsPaths:
 
 
 @dataclass(frozen=True, slots=True)
+class ClientTlsPaths:
+    """``client-tls`` as it stands in the file; ``%n`` in them is the name of the machine."""
+
+    ca: str
+    cert: str | None
+    key: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class NbdTls:
     """``nbd-tls``; the files are there unless the mode is "off"."""
 
@@ -203,12 +212,30 @@ def nbd_tls(value: object) -> NbdTls:
     return NbdTls(TlsMode(value["mode"]), _tls_paths(value, ("mode", "cert", "key", "ca")))
 
 
-def _tls_paths(value: dict[str, object], known: tuple[str, ...]) -> TlsPaths:
+def client_tls(value: object) -> ClientTlsPaths:
+    """The table of the files of NBD clients: the authority, and a certificate with its key if they need one."""
+    known = ("ca", "cert", "key")
+    if not isinstance(value, dict):
+        raise ValueError(f'must be a table such as {{ ca = "certs/ca.crt" }}, not {value!r}')
+    _check_paths(value, known)
+    if "ca" not in value:
+        raise ValueError("needs ca: by it clients know the nodes")
+    if ("cert" in value) != ("key" in value):
+        raise ValueError("needs cert and key, or neither")
+    ca, cert, key = map(value.get, known)
+    return ClientTlsPaths(str(ca), cert, key)
+
+
+def _check_paths(value: dict[str, object], known: tuple[str, ...]) -> None:
     for name, path in value.items():
         if name not in known:
             raise ValueError(f"has no key {name!r}: its keys are {', '.join(known)}")
         if not isinstance(path, str) or not path.strip() or "\0" in path:
             raise ValueError(f"{name} must be the path of a file, not {path!r}")
+
+
+def _tls_paths(value: dict[str, object], known: tuple[str, ...]) -> TlsPaths:
+    _check_paths(value, known)
     for name in ("cert", "key"):
         if name not in value:
             raise ValueError(f"needs {name}, the path of a file in PEM")

@@ -78,7 +78,7 @@ class ResourceExport(Export):
 
     def read_now(self, offset: int, length: int) -> bytes | None:
         """Read from the local page cache."""
-        served = self._serving()
+        served = self._served or self._serving()  # a call less for each read
         try:
             return served.read_now(offset, length)
         except OSError as error:

@@ -11,7 +11,7 @@ from typing import Final, cast
 
 from nbdserver.tls import TlsFiles
 from nbdserver.tls_transport import NotTls, TlsFailure, TlsTransport
-from replica import wire
+from replica import peer_names, wire
 from replica.errors import ReplicaError
 
 #: Connections that shake hands at once; more are turned away.
@@ -38,7 +38,7 @@ class LinkTls:
     def _context(protocol: int, files: TlsFiles) -> ssl.SSLContext:
         context = ssl.SSLContext(protocol)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
-        # A node is known by its name, wherever it is: `refusal` compares that.
+        # A node is known by its name, wherever it is: `replica.peer_names` compares that.
         context.check_hostname = False
         context.verify_mode = ssl.CERT_REQUIRED
         files.load_into(context)
@@ -46,11 +46,10 @@ class LinkTls:
 
     def refusal(self, transport: TlsTransport) -> str:
         """Why the other end's (valid) certificate will not do; "" if it names the peer."""
-        names = [value for kind, value in transport.peer_certificate.get("subjectAltName", ()) if kind == "DNS"]
-        if self.peer in names:
+        other = peer_names.refusal(transport.peer_certificate, self.peer)
+        if not other:
             return ""
-        shown = ", ".join(names[:5]) or "nobody"
-        return f"{self.node} expected {self.peer}'s certificate at the other end of the link, and it is for {shown}."
+        return f"{self.node} expected {self.peer}'s certificate at the other end of the link, and {other}."
 
     def sentence(self, failure: TlsFailure) -> str:
         """Why there is no TLS, for the log and for the other end."""

@@ -8,6 +8,7 @@ import contextlib
 import random
 import select
 import socket
+import ssl
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,11 +26,12 @@ class Target:
 
     connect: Connect
     size_bytes: int
+    tls: ssl.SSLContext | None = None
     held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def client(self) -> RawClient:
         """A new connection, not greeted."""
-        return RawClient(self.connect)
+        return RawClient(self.connect, self.tls)
 
     def stays(self) -> RawClient:
         """A new connection that is open until the attack is over."""
@@ -238,6 +240,16 @@ def replies_that_nobody_reads(target: Target) -> None:
         client.send(*(request(nbd.READ, cookie, 0, length) for cookie in range(500)))
 
 
+def the_longest_replies_that_nobody_reads(target: Target) -> None:
+    """All that one client may have under way, in as few requests as possible."""
+    length = min(48 * MIB, target.size_bytes)
+    clients = [target.stays().open() for _ in range(2)]
+    for client in clients:
+        client.send(*(request(nbd.READ, cookie, 0, size) for cookie, size in enumerate((length, length // 3, length))))
+    for client in clients:
+        client.receive(16)  # the first reply has begun
+
+
 def tiny_replies_that_nobody_reads(target: Target) -> None:
     client = target.stays().open()
     tiny = b"".join(request(command, 1, 0, 1) for command in (nbd.READ, nbd.READ, 99)) * 300
@@ -333,6 +345,7 @@ ATTACKS: tuple[Callable[[Target], None], ...] = (
     payloads_that_never_come,
     rejected_payloads_of_four_gigabytes,
     replies_that_nobody_reads,
+    the_longest_replies_that_nobody_reads,
     tiny_replies_that_nobody_reads,
     tiny_slow_requests_whose_replies_nobody_reads,
     a_hundred_thousand_tiny_requests,
@@ -340,11 +353,24 @@ ATTACKS: tuple[Callable[[Target], None], ...] = (
     resets_in_the_middle,
 )
 
+#: Those of them that TLS, which has memory of its own, could make worse.
+GREEDY: tuple[Callable[[Target], None], ...] = (
+    option_replies_that_nobody_reads,
+    payloads_that_never_come,
+    rejected_payloads_of_four_gigabytes,
+    replies_that_nobody_reads,
+    the_longest_replies_that_nobody_reads,
+    tiny_replies_that_nobody_reads,
+    tiny_slow_requests_whose_replies_nobody_reads,
+)
+
 
 @contextlib.contextmanager
-def under(attack: Callable[[Target], None], connect: Connect, size_bytes: int) -> Iterator[Target]:
+def under(
+    attack: Callable[[Target], None], connect: Connect, size_bytes: int, tls: ssl.SSLContext | None = None
+) -> Iterator[Target]:
     """The attack has been made; what it holds open is held until the end."""
-    target = Target(connect, size_bytes)
+    target = Target(connect, size_bytes, tls)
     with target.held:
         attack(target)
         yield target

@@ -3,6 +3,7 @@
 import os
 import select
 import socket
+import ssl
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 OPTION_MAGIC = 0x49484156454F5054
 REQUEST_MAGIC = 0x25609513
 SIMPLE_REPLY_MAGIC = 0x67446698
-OPT_EXPORT_NAME, OPT_ABORT, OPT_LIST, OPT_INFO, OPT_GO = 1, 2, 3, 6, 7
+OPT_EXPORT_NAME, OPT_ABORT, OPT_LIST, OPT_STARTTLS, OPT_INFO, OPT_GO = 1, 2, 3, 5, 6, 7
 READ, WRITE, DISC, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS = range(8)
 FUA = 1
 EINVAL, ENOSPC = 22, 28
@@ -66,11 +67,12 @@ def request(
 
 
 class RawClient:
-    """A connection; closed at the end of its `with`."""
+    """A connection; closed at the end of its `with`. With `tls`, its greeting includes STARTTLS."""
 
-    def __init__(self, connect: Connect) -> None:
+    def __init__(self, connect: Connect, tls: ssl.SSLContext | None = None) -> None:
         self.socket = connect()
         self.socket.settimeout(PATIENCE_S)
+        self._tls = tls
 
     def __enter__(self) -> "RawClient":
         return self
@@ -82,7 +84,7 @@ class RawClient:
         """All of it; Ended when the server hung up."""
         try:
             self.socket.sendall(b"".join(data))
-        except (BrokenPipeError, ConnectionResetError):
+        except (BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
             raise Ended from None
 
     def receive(self, count: int) -> bytes:
@@ -113,6 +115,10 @@ class RawClient:
         assert self.receive(16) == b"NBDMAGICIHAVEOPT"
         self.receive(2)
         self.send(struct.pack(">I", flags))
+        if self._tls is not None:
+            self.send(option(OPT_STARTTLS))
+            assert self.option_reply() == (OPT_STARTTLS, 1, b"")
+            self.socket = self._tls.wrap_socket(self.socket)
         return self
 
     def open(self) -> "RawClient":
@@ -131,7 +137,7 @@ class RawClient:
         while sent < times and poll.poll(quiet_ms):
             try:
                 at += self.socket.send(data[at:])
-            except BlockingIOError:
+            except (BlockingIOError, ssl.SSLWantWriteError):
                 continue
             except ConnectionError:
                 break

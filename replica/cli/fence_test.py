@@ -33,7 +33,7 @@ def test(settings: HeartbeatSettings, nodes: Sequence[str]) -> dict[str, list[De
 
 def _ask(settings: HeartbeatSettings, node: str) -> list[DeviceAnswer]:
     answer = control.call(settings.control_socket, "fence-test", {"node": node})
-    return [DeviceAnswer(*one) for one in answer[node]]
+    return [DeviceAnswer(**one) for one in answer[node]]
 
 
 async def _test(settings: HeartbeatSettings, nodes: Sequence[str]) -> dict[str, list[DeviceAnswer]]:

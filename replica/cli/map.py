@@ -62,6 +62,8 @@ def _start(args: argparse.Namespace, config: Config, name: str) -> "subprocess.P
     command += ["--request-timeout", str(args.request_timeout), "--dead-timeout", str(args.dead_timeout)]
     command += ["--mount", os.path.abspath(args.mount)] if args.mount else []
     command += ["--type", args.type] if args.type else []
+    for option, path in (("--tls-ca", args.tls_ca), ("--tls-cert", args.tls_cert), ("--tls-key", args.tls_key)):
+        command += [option, os.path.abspath(path)] if path else []
     environment = {key: value for key, value in os.environ.items() if key != "NOTIFY_SOCKET"}
     with log.open("wb") as output:
         return subprocess.Popen(

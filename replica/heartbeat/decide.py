@@ -182,6 +182,8 @@ class _Case:
         self.claim = group.state.claim
         if self.theirs is not None and self.claim.yields_to(self.theirs.claim, group.preferred):
             self.claim = self.theirs.claim
+        #: Not when that is how the group came here just now: it is from before then that the other node was restarted.
+        self.peer_restarted = snapshot.peer.restarted and self.claim == group.state.claim
 
     def verdict(self) -> Verdict:
         """What to do with it."""
@@ -333,7 +335,7 @@ class _Case:
             return self._resume()
         if not self.peer.alive and self.mine.ready.readiness is Readiness.NO and not self.peer.fenced:
             return self._do(f"is withheld: {self.mine.ready.why}, and {self.peer.words}", Action.SUSPEND)
-        if self.claim.by_operator and self.peer.restarted:
+        if self.claim.by_operator and self.peer_restarted:
             return self._do("runs here", claim=self.claim.next(self.node))
         return self._do(f"{_BUSY[self.mine.status]} here")
 
@@ -368,7 +370,7 @@ class _Case:
             self.all.auto_failback
             and self.group.preferred == self.peer.name
             and self.peer.steady
-            and (not self.claim.by_operator or self.peer.restarted)
+            and (not self.claim.by_operator or self.peer_restarted)
             and self.peer.state.pings_alive >= self.all.pings_alive
         )
 

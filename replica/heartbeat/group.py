@@ -9,7 +9,7 @@ import collections
 import contextlib
 import functools
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from enum import Enum, auto
 from typing import Final, TypeVar
 
@@ -47,6 +47,8 @@ class Resource:
         self.fault = ""
         #: A monitor is due: by its interval, or because the agent has noticed something.
         self.look = asyncio.Event()
+        #: Held while it is looked at, which may also mend it.
+        self.looking = asyncio.Lock()
 
 
 class GroupRunner:
@@ -174,7 +176,7 @@ class GroupRunner:
 
     def _failed_too_often(self) -> Ready:
         if self._failures_in_window() >= self.settings.max_failures:
-            return Ready(Readiness.NO, self._failed_words)
+            return Ready(Readiness.NO, self._failed_words or f"{self.resource} {self.problem}")
         if self._failed_out:
             # Until somebody has mended it: going back and failing again would be an outage each time.
             return Ready(Readiness.RELUCTANT, f"{self._failed_words}; `replicactl cluster --clear` forgets it")
@@ -224,7 +226,7 @@ class GroupRunner:
         await self._previous_ended()
         first = 0
         while True:
-            failed = await self._start_from(first)
+            failed = await self._look_below(first) or await self._start_from(first)
             if failed is None:
                 self.problem = self.resource = ""
                 self._become(Status.STARTED)
@@ -239,6 +241,14 @@ class GroupRunner:
                 times = f"{count} times within {self.settings.failure_window_s:g} s"
                 self._give_up(f"{self.resource} has failed {times} ({self.problem})")
                 return
+
+    async def _look_below(self, first: int) -> Resource | None:
+        """What failed may have done so because of what it stands on; the one that has failed there."""
+        for resource in self.resources[:first]:
+            if problem := await self._look(resource):
+                self._failed(resource, problem)
+                return resource
+        return None
 
     async def _start_from(self, first: int) -> Resource | None:
         """Start what is not known to run, from there on; the one that failed."""
@@ -259,21 +269,31 @@ class GroupRunner:
         """Monitor them all until one fails."""
         monitors = [asyncio.create_task(self._monitor(resource)) for resource in self.resources]
         try:
-            done, _ = await asyncio.wait(monitors, return_when=asyncio.FIRST_COMPLETED)
-            # Of several, the one that the others stand on.
-            return min((task.result() for task in done), key=self.resources.index)
+            await asyncio.wait(monitors, return_when=asyncio.FIRST_COMPLETED)
+            # What it stands on may be being mended just now, which is not to be interrupted.
+            for resource in self.resources[: self.resources.index(self._first_failed(monitors))]:
+                async with resource.looking:
+                    pass
+            return self._first_failed(monitors)
         finally:
             for task in monitors:
                 task.cancel()
             await asyncio.gather(*monitors, return_exceptions=True)
+
+    def _first_failed(self, monitors: Iterable[asyncio.Task[Resource]]) -> Resource:
+        """Of several, the one that the others stand on."""
+        return min((task.result() for task in monitors if task.done()), key=self.resources.index)
+
+    async def _look(self, resource: Resource) -> str:
+        async with resource.looking:
+            return await self._limited(resource.agent.monitor(), resource.settings.monitor_timeout_s, "monitored")
 
     async def _monitor(self, resource: Resource) -> Resource:
         settings = resource.settings
         while True:
             noticed = resource.look.is_set()
             resource.look.clear()
-            problem = await self._limited(resource.agent.monitor(), settings.monitor_timeout_s, "monitored")
-            if problem:
+            if problem := await self._look(resource):
                 self._failed(resource, problem)
                 return resource
             if noticed:

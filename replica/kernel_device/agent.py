@@ -12,13 +12,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nbdserver.tls import TlsFileError
 from replica import config as cfg
 from replica.control import ControlServer, SendEvent
 from replica.errors import ReplicaError
 from replica.kernel_device import keeper as kernel
 from replica.kernel_device.keeper import Keeper, Wish
 from replica.kernel_device.netlink import Driver, device_index, is_mounted
-from replica.kernel_device.places import places
+from replica.kernel_device.places import Place, places
+from replica.nbd_client_tls import ClientTls
 from replica.supervisor import notify_supervisor
 from replica.tasks import spawn
 
@@ -179,6 +181,30 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="without any server for so many seconds, I/O fails (86400: a day)",
     )
 
+    parser.add_argument("--tls-ca", metavar="FILE", help="speak TLS; the authority of the nodes' certificates, in PEM")
+    parser.add_argument("--tls-cert", metavar="FILE", help="this machine's certificate for TLS")
+    parser.add_argument("--tls-key", metavar="FILE", help="the key of --tls-cert")
+
+
+def given_tls(args: argparse.Namespace) -> ClientTls | None:
+    """What the options say of TLS; None: nothing. Raises ReplicaError."""
+    ca, cert, key = (path and Path(path).absolute() for path in (args.tls_ca, args.tls_cert, args.tls_key))
+    if (cert is None) != (key is None):
+        raise ReplicaError("--tls-cert and --tls-key belong together: give both")
+    if ca is None:
+        if cert is not None:
+            raise ReplicaError("--tls-cert needs --tls-ca, too: by it the nodes are known")
+        return None
+    return ClientTls(ca, cert, key)
+
+
+def _check_tls(candidates: list[Place]) -> None:
+    try:
+        for tls in {place.tls for place in candidates if place.tls is not None}:
+            tls.check()
+    except TlsFileError as error:
+        raise ReplicaError(str(error)) from None
+
 
 def _number(low: int, high: int) -> Any:
     def parse(text: str) -> int:
@@ -204,10 +230,12 @@ def main(argv: list[str] | None = None) -> int:
         kernel.ensure_root()
         config = cfg.load_config(args.config, args.node, need_secret=False, may_be_client=True)
         resource = config.resource(args.resource)
+        candidates = places(config, resource, given_tls(args))
+        _check_tls(candidates)
         wish = Wish(
             cluster=config.cluster.name,
             resource=resource.name,
-            candidates=tuple(places(config, resource)),
+            candidates=tuple(candidates),
             index=None if args.device is None else device_index(args.device),
             adopt=args.adopt,
             connections=args.connections,

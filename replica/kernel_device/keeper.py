@@ -227,34 +227,43 @@ class Keeper:
             self._check_attached()
             # The device lives no longer than the kernel, and so does this clock, which never goes back.
             identity = ClientIdentity(self._client, time.clock_gettime_ns(time.CLOCK_BOOTTIME))
-            candidates, resource, count = list(self._wish.candidates), self._wish.resource, self._connections
             try:
-                place = await asyncio.to_thread(finder.find, candidates, resource, self._trust)
-                links = await asyncio.to_thread(finder.open_links, place, resource, identity, count)
+                return await self._open_at_primary(identity)
             except NobodyServes as error:
                 self._set("searching", str(error))
                 delay_s = places.next_delay_s(delay_s)
                 await asyncio.sleep(delay_s)
-                continue
-            return links
+
+    async def _open_at_primary(self, identity: ClientIdentity) -> list[Link]:
+        """Raises `NobodyServes`, also when what is served is smaller than the device."""
+        candidates, resource, count = list(self._wish.candidates), self._wish.resource, self._connections
+        before = self._trust.copy()
+        place = await asyncio.to_thread(finder.find, candidates, resource, self._trust)
+        try:
+            links = await asyncio.to_thread(finder.open_links, place, resource, identity, count)
+            refusal = self._refusal(links[0])
+            if refusal is not None:
+                self._end(links)
+                raise NobodyServes(refusal)
+        except NobodyServes:
+            self._trust = before  # nothing was written there: the client's past is where it was
+            raise
+        return links
+
+    def _refusal(self, link: Link) -> str | None:
+        if self._index is None:
+            return None
+        return places.too_small(link.place, link.info.size_bytes, self.device, netlink.size_of(self._index))
 
     async def _hand_over(self, links: list[Link]) -> bool:
         """Let the kernel take them in place of its dead ones; False when one of them ends meanwhile."""
         assert self._index is not None
         self._watch(links)
-        info = links[0].info
         for link in links:
             while True:
                 self._wake.clear()
                 self._check_attached()
-                size_bytes = info.size_bytes if info.size_bytes != self._size_bytes else None
-                settings = Settings(
-                    sockets=[link.socket.fileno()],
-                    size_bytes=size_bytes,
-                    backend=None if self._backend is None else str(self._backend),
-                    **self._timeouts(),
-                )
-                self._driver.reconfigure(self._index, settings)
+                self._reconfigure(sockets=[link.socket.fileno()], **self._timeouts())
                 if link.is_taken():
                     break
                 # It still believes that its old connections live: after a restart of this program, or right now.
@@ -265,21 +274,32 @@ class Keeper:
                 if self._hangs_up(links):
                     self._end(links)
                     return False
+        self._grow(links[0].info.size_bytes)
         return True
+
+    def _grow(self, size_bytes: int) -> None:
+        """The volume may be larger than it was. Only now, with connections that live: newer kernels let what is under
+        way end first, and it ends only over them.
+        """
+        assert self._index is not None
+        device_bytes = netlink.size_of(self._index)
+        if size_bytes > device_bytes:
+            self._reconfigure(size_bytes=size_bytes)
+            log.info("%s: %s had %d bytes and now has %d", self._wish.resource, self.device, device_bytes, size_bytes)
+
+    def _reconfigure(self, **settings: Any) -> None:
+        assert self._index is not None
+        backend = None if self._backend is None else str(self._backend)
+        self._driver.reconfigure(self._index, Settings(backend=backend, **settings))
 
     async def _probe(self) -> bool:
         """Whether the machine of the server answers at all. Looks whether nodes that were left have ceased to serve."""
         for place in list(self._trust.left):
-            with contextlib.suppress(TimeoutError):
-                if await asyncio.to_thread(finder.ask, place, self._wish.resource) is not None:
-                    self._trust.seen_idle(place)
-        if self._trust.last is None:
-            return True
-        try:
-            await asyncio.to_thread(finder.ask, self._trust.last, self._wish.resource)
-        except TimeoutError:
-            return False
-        return True
+            if await asyncio.to_thread(finder.is_idle, place, self._wish.resource):
+                self._trust.seen_idle(place)
+                log.info("%s: %s does not serve any more, and may be used again", self._wish.resource, place)
+        last = self._trust.last
+        return last is None or await asyncio.to_thread(finder.answers, last, self._wish.resource)
 
     def _use(self, links: list[Link]) -> None:
         self._links = links

@@ -16,6 +16,7 @@ _SOL_NETLINK = 270
 _ADD_MEMBERSHIP = 1
 _RECEIVE_BYTES = 64 << 10
 _ANSWER_TIMEOUT_S = 30.0
+_SECTOR_BYTES = 512  # the unit of sizes in /sys/block, whatever the device's own sectors are
 
 
 class DeviceError(ReplicaError):
@@ -155,6 +156,11 @@ def find_backend(prefix: str) -> tuple[int, str] | None:
 def is_attached(index: int) -> bool:
     """Whether the device has connections, dead or alive."""
     return Path(f"/sys/block/nbd{index}/pid").exists()
+
+
+def size_of(index: int) -> int:
+    """The device's size in bytes, as the kernel has it."""
+    return int(Path(f"/sys/block/nbd{index}/size").read_text()) * _SECTOR_BYTES
 
 
 def is_mounted(device: str, folder: Path) -> bool:

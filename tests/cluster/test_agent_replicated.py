@@ -15,6 +15,7 @@ import pytest
 
 from replica import control
 from replica.heartbeat import clock
+from replica.heartbeat.agents import replicated
 from replica.heartbeat.agents.base import AgentError, Start, Surroundings
 from replica.heartbeat.agents.replicated import KINDS, ReplicatedAgent
 from replica.heartbeat.node_state import Readiness
@@ -118,7 +119,9 @@ def strays(short_dir: Path) -> Iterator[None]:
             kill(node)
 
 
-def test_it_moves_from_node_to_node(libnbd: Any, pair: Cluster) -> None:
+def test_it_moves_from_node_to_node(libnbd: Any, pair: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replicated, "LINK_VERDICT_S", 0.1)
+
     async def work() -> None:
         async with agents(pair.node1, pair.node2) as (one, two):
             assert await one.agent.active()
@@ -149,6 +152,21 @@ def test_a_dead_peer_is_not_waited_for(libnbd: Any, new_cluster: Callable[..., C
             await two.until_ready(Readiness.YES)
             cluster.node1.freeze()  # its link looks well for another 300 s
             await two.agent.start(ALONE)
+            await two.agent.monitor()
+
+    run(work())
+    cluster.node2.write(0, b"2" * MIB)
+
+
+def test_a_peer_that_may_live_is_dead_when_its_link_is(libnbd: Any, new_cluster: Callable[..., Cluster]) -> None:
+    """As `promote-without-fencing` has it: nobody says that the peer is dead, and it is still connected for a while."""
+    cluster = new_cluster(timeout="2").up()
+
+    async def work() -> None:
+        async with agents(cluster.node2) as (two,):
+            await two.until_ready(Readiness.YES)
+            cluster.node1.freeze()
+            await two.agent.start(IN_ORDER)
             await two.agent.monitor()
 
     run(work())

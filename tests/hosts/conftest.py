@@ -10,13 +10,11 @@ import pytest
 
 from tests.hosts.host import loop_backing
 from tests.hosts.lab import Lab, need_hosts
-from tests.hosts.namespace import all_identities
 
 
 def _left_behind(lab: Lab) -> list[str]:
     """What of a lab that has ended is still on the machine."""
-    left = [f"process {pid}" for pid, identities in all_identities().items() if identities & lab.identities]
-    left += [f"interface {name}" for name in os.listdir("/sys/class/net") if name.partition(".")[0] in lab.hosts]
+    left = [f"interface {name}" for name in os.listdir("/sys/class/net") if name.partition(".")[0] in lab.hosts]
     left += [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(lab.folder) in line]
     left += [device for device, backing in lab.loop_devices if loop_backing(device) == backing]
     return left + ([str(lab.folder)] if lab.folder.exists() else [])

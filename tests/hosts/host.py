@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 ROOT: Final = Path(__file__).resolve().parents[2]
 _NAMESPACES: Final = ("--net", "--uts", "--ipc", "--mount", "--pid")
 _STOPPED: Final = frozenset("TtZX")
+_LOOK_S: Final = 0.02
+_LET_GO_S: Final = 5.0
 
 
 def now() -> float:
@@ -116,7 +118,6 @@ class Host:
             "files": {"/etc/hostname": f"{self.name}\n", "/etc/hosts": self.lab.hosts_file()},
         }
         self._running = Namespace("host", spec, _NAMESPACES, within=self.lab.ground)
-        self.lab.identities |= self._running.identities
         for card, port in zip(self.cards, self.ports(), strict=True):
             self.lab.switch.connect(port, card.network, self._running.pid, card.interface, card.mac)
             link = ["ip", "link", "set", card.interface]
@@ -145,8 +146,7 @@ class Host:
             running.kill()
             self.lab.switch.remove(*self.ports())
             for device in loops:  # those are the machine's
-                with contextlib.suppress(LabError):
-                    run(["losetup", "--detach", device])
+                _detach(device)
 
     # ── other faults ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -279,6 +279,17 @@ def _loop_devices(pid: int) -> list[str]:
         return []
     sources = (line.rpartition(" - ")[2].split()[1] for line in mounts.splitlines())
     return sorted({source for source in sources if source.startswith("/dev/loop")})
+
+
+def _detach(device: str) -> None:
+    """Returns when the kernel has let go of it, which it does when the mounts of the host that has ended are gone; or
+    after a while: by then it may be somebody else's.
+    """
+    backing, deadline_s = loop_backing(device), now() + _LET_GO_S
+    with contextlib.suppress(LabError):
+        run(["losetup", "--detach", device])
+    while backing and loop_backing(device) == backing and now() < deadline_s:
+        time.sleep(_LOOK_S)
 
 
 def loop_backing(device: str) -> str:

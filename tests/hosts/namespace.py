@@ -56,8 +56,9 @@ class Namespace:
                 raise LabError(f"{spec.get('name', what)} did not come up: {said.read(_LOG_BYTES).decode()}")
         self.pid, *_ = _CREDENTIALS.unpack(ancillary[0][2])
         self._pidfd = os.pidfd_open(self.pid)
-        #: As the kernel calls them: "net:[4026532178]".
-        self.identities = _identities(self.pid)
+        # Held open, so that the kernel gives its number to no other one.
+        self._pid_namespace = os.open(f"/proc/{self.pid}/ns/pid", os.O_RDONLY)
+        self._identity = os.fstat(self._pid_namespace).st_ino
 
     def enter(self, *which: str) -> list[str]:
         """The beginning of a command line that runs something inside; `which` are options of nsenter."""
@@ -74,31 +75,27 @@ class Namespace:
 
     def processes(self) -> list[int]:
         """All of its processes, by their ids out here."""
-        (here,) = (identity for identity in self.identities if identity.startswith("pid:"))
-        return [pid for pid, identities in all_identities().items() if here in identities]
+        return [int(name) for name in os.listdir("/proc") if name.isdigit() and _pid_namespace(name) == self._identity]
 
     def kill(self) -> None:
-        """End it and with it all of its processes; returns when they are gone."""
+        """End it and with it all of its processes; returns when they are gone. LabError when one is not."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         if not self.wait():
             raise LabError(f"process {self.pid} does not die")
-        os.close(self._pidfd)
         self._starter.wait(PATIENCE_S)
+        left = self.processes()
+        for fd in (self._pidfd, self._pid_namespace):
+            os.close(fd)
+        if left:
+            raise LabError(f"processes {left} live on without their process 1")
 
 
-def _identities(pid: int) -> frozenset[str]:
-    return frozenset(os.readlink(f"/proc/{pid}/ns/{kind}") for kind in ("net", "pid", "mnt"))
-
-
-def all_identities() -> dict[int, frozenset[str]]:
-    """The namespaces of every process of the machine."""
-    found = {}
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            with contextlib.suppress(OSError):  # gone meanwhile
-                found[int(name)] = _identities(int(name))
-    return found
+def _pid_namespace(pid: str) -> int | None:
+    try:
+        return os.stat(f"/proc/{pid}/ns/pid").st_ino
+    except OSError:  # gone meanwhile
+        return None
 
 
 def state_of(pid: int) -> str:

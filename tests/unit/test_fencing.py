@@ -551,7 +551,8 @@ def test_the_commands_ask_the_daemon_when_it_runs(bench: Bench, short_dir: Path)
         asked.append((verb, args))
         if verb == "fence":
             return "node2 is taken for dead."
-        return {args["node"]: await Fencer(settings).test(args["node"])}
+        # As `replica.heartbeat.daemon` tells it.
+        return {args["node"]: [one._asdict() for one in await Fencer(settings).test(args["node"])]}
 
     async def test() -> None:
         server = ControlServer(settings.control_socket, answer)

@@ -295,6 +295,24 @@ CASES = (
         Claim(4, "node1", True),
     ),
     Case(
+        "failback of what an operator has placed, after a restart of the other one",
+        verdict(
+            state(Claim(4, "node1", True), STARTED),
+            alive(state(Claim(4, "node1", True)), restarted=True),
+            preferred="node2",
+        ),
+        Action.STOP,
+        "is given to node2, where it belongs",
+        Claim(4, "node1", True),
+    ),
+    Case(
+        "no failback of what an operator places just now, after a restart of the other one",
+        verdict(state(MINE), alive(state(Claim(5, "node1", True)), restarted=True), preferred="node2"),
+        Action.START,
+        "is started",
+        Claim(5, "node1", True),
+    ),
+    Case(
         "failed here",
         verdict(state(MINE, Status.FAILED, FAILED_HERE), alive(state(MINE))),
         None,

@@ -1,11 +1,13 @@
 """The kernel device without a kernel: messages byte by byte, decisions as tables, a real server to be found."""
 
 import asyncio
+import contextlib
 import errno
 import os
 import socket
 import struct
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from nbdserver.blockfile import BlockFile
 from nbdserver.client_identity import ClientIdentity
 from nbdserver.file_export import FileExport
+from nbdserver.limits import Limits
 from nbdserver.server import Server
 from replica.config import load_config
 from replica.kernel_device import finder, messages, netlink, places
@@ -199,12 +202,36 @@ def test_a_node_that_was_left_is_used_again_only_after_it_was_seen_not_to_serve(
     trust.moved(ONE)
     trust.moved(ONE)
     assert trust.choose([ONE]) == ONE
+    before = trust.copy()
     trust.moved(TWO)
     assert trust.choose([ONE]) is None
+    assert before.choose([ONE]) == ONE
     trust.seen_idle(ONE)
     assert trust.choose([ONE]) == ONE
     trust.moved(ONE)
     assert trust.choose([TWO]) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "silent"),
+    [
+        (TimeoutError(), True),
+        (OSError(errno.EHOSTUNREACH, ""), True),  # the machine is off, or its cable is cut
+        (OSError(errno.ENETUNREACH, ""), True),
+        (OSError(errno.ECONNREFUSED, ""), False),  # the machine is up, and its server is not
+        (OSError(errno.ECONNRESET, ""), False),
+        (OSError(errno.ENOENT, ""), False),  # a unix socket
+    ],
+)
+def test_what_the_network_says_is_no_answer_of_the_server(error: OSError, silent: bool) -> None:
+    assert finder.is_silence(error) == silent
+
+
+@pytest.mark.parametrize(("size_bytes", "refused"), [(4096, True), (8191, True), (8192, False), (1 << 40, False)])
+def test_a_device_does_not_shrink(size_bytes: int, refused: bool) -> None:
+    sentence = places.too_small(ONE, size_bytes, "/dev/nbd0", 8192)
+    assert (sentence is not None) == refused
+    assert sentence is None or f"node1 (a:1) serves {size_bytes} bytes, but /dev/nbd0 has 8192" in sentence
 
 
 def test_delays_grow_up_to_a_limit() -> None:
@@ -269,6 +296,14 @@ def test_the_primary_is_found_and_opened(short_dir: Path) -> None:
                 await asyncio.to_thread(finder.find, [here, gone], "r0", Trust(last=there))
             with pytest.raises(TimeoutError):
                 await asyncio.to_thread(finder.ask, silent, "r0")
+            for place, is_idle, answers in (
+                (here, True, True),
+                (there, False, True),
+                (gone, True, True),
+                (silent, False, False),
+            ):
+                assert await asyncio.to_thread(finder.is_idle, place, "r0") is is_idle
+                assert await asyncio.to_thread(finder.answers, place, "r0") is answers
             first = await asyncio.to_thread(finder.open_links, there, "r0", ClientIdentity(b"c" * 16, 1), 2)
             assert [link.info.size_bytes for link in first] == [1 << 20] * 2
             assert not any(link.is_taken() for link in first)
@@ -286,3 +321,78 @@ def test_the_primary_is_found_and_opened(short_dir: Path) -> None:
             file.close()
 
     asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def _not_known(place: Place, words: str) -> None:
+    """It answers, and whether it serves is not known: a node that was left is not trusted for that."""
+    trust = Trust(left={place})
+    with pytest.raises(NobodyServes, match=words) as found:
+        finder.find([place], "r0", trust)
+    assert trust.left == {place}
+    assert not finder.is_idle(place, "r0")
+    assert finder.answers(place, "r0")
+    assert "TLS" not in str(found.value)
+
+
+def test_a_server_that_is_full_was_not_seen_not_to_serve(short_dir: Path) -> None:
+    async def scenario() -> None:
+        export = short_dir / "volume"
+        export.touch()
+        os.truncate(export, 1 << 20)
+        file = BlockFile.open(export)
+        server = Server(default=FileExport(file, name="r0"), limits=Limits(max_connections=1))
+        place = Place("node1", unix_path=str(short_dir / "1"))
+        await server.listen_unix(str(place.unix_path))
+        try:
+            links = await asyncio.to_thread(finder.open_links, place, "r0", ClientIdentity(b"c" * 16, 1), 1)
+            await asyncio.to_thread(_not_known, place, "the server closed the connection during the handshake")
+            links[0].drop()
+        finally:
+            server.abort()
+            file.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+@pytest.mark.parametrize(
+    ("greeting", "reset"),
+    [
+        (b"", False),
+        (b"NBDMAGICIHAVEOPT\x00\x03", False),
+        (b"NBDMAGICIHAVEOPT\x00\x03", True),
+        (b"HTTP/1.1 400 Bad Request\r\n", False),
+    ],
+)
+def test_a_handshake_that_is_cut_off_says_nothing_of_the_node(short_dir: Path, greeting: bytes, reset: bool) -> None:
+    place = Place("node1", unix_path=str(short_dir / "1"))
+    words = {b"": "closed the connection|reset by peer", b"N": "closed the connection|reset by peer|Broken pipe"}
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):  # the listener is shut down, or nobody takes the greeting
+            while True:
+                connection, _ = listener.accept()
+                with connection:
+                    connection.sendall(greeting)
+                    if greeting[:1] == b"N":
+                        # What was received and not read when a socket is closed makes a reset of that.
+                        connection.recv(1 if reset else 1 << 16)
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(place.unix_path))
+        listener.listen()
+        server = threading.Thread(target=serve)
+        server.start()
+        try:
+            _not_known(place, words.get(greeting[:1], "no NBD server"))
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            server.join()
+
+
+def test_a_server_that_takes_no_more_connections_was_not_seen_not_to_serve(short_dir: Path) -> None:
+    place = Place("node1", unix_path=str(short_dir / "1"))
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
+        listener.bind(str(place.unix_path))
+        listener.listen(0)
+        first.connect(str(place.unix_path))
+        _not_known(place, "Resource temporarily unavailable")

@@ -1,12 +1,17 @@
 """STARTTLS over raw sockets, on both event loops; and the files of TLS."""
 
 import asyncio
+import contextlib
 import os
+import socket
 import ssl
 import struct
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from nbdserver import constants as c
 from nbdserver.handshake import Ended, Handshake, StartTls, TlsMode
@@ -126,7 +131,50 @@ class ByHand:
                 while self.outgoing.pending:
                     self.writer.write(self.outgoing.read(self.most))
                     await asyncio.sleep(0)
-            self.incoming.write(await self.reader.read(self.most))
+            data = await self.reader.read(self.most)
+            self.incoming.write(data) if data else self.incoming.write_eof()
+
+
+APPLICATION_DATA, HANDSHAKE = 23, 22
+
+
+class SendingKeys:
+    """A client's half of TLS 1.3 after the handshake (RFC 8446, sections 5.2 and 7): it makes records by itself."""
+
+    def __init__(self, secret, algorithm, key_bytes):
+        self.secret, self.algorithm, self.key_bytes = secret, algorithm, key_bytes
+        self._renew()
+
+    @classmethod
+    def of(cls, tls, key_log):
+        (secret,) = (line.split()[2] for line in key_log.read_text().splitlines() if "CLIENT_TRAFFIC_SECRET_0" in line)
+        algorithm, key_bytes = {
+            "TLS_AES_128_GCM_SHA256": (hashes.SHA256(), 16),
+            "TLS_AES_256_GCM_SHA384": (hashes.SHA384(), 32),
+        }[tls.cipher()[0]]
+        return cls(bytes.fromhex(secret), algorithm, key_bytes)
+
+    def _expand(self, label, length):
+        label = b"tls13 " + label
+        info = struct.pack(">HB", length, len(label)) + label + b"\0"
+        return HKDFExpand(self.algorithm, length, info).derive(self.secret)
+
+    def _renew(self):
+        self.aead = AESGCM(self._expand(b"key", self.key_bytes))
+        self.iv, self.sent = int.from_bytes(self._expand(b"iv", 12), "big"), 0
+
+    def seal(self, data, kind):
+        head = struct.pack(">BHH", APPLICATION_DATA, 0x0303, len(data) + 1 + 16)
+        nonce = (self.iv ^ self.sent).to_bytes(12, "big")
+        self.sent += 1
+        return head + self.aead.encrypt(nonce, data + bytes([kind]), head)
+
+    def update(self):
+        """A KeyUpdate that asks for one in return."""
+        record = self.seal(b"\x18\x00\x00\x01\x01", HANDSHAKE)
+        self.secret = self._expand(b"traffic upd", self.algorithm.digest_size)
+        self._renew()
+        return record
 
 
 # ── the rules of STARTTLS ────────────────────────────────────────────────────────────────────────────────────────
@@ -459,6 +507,31 @@ def test_input_waits_while_too_much_is_in_flight(run, trusted):
     run(scenario, limits=Limits(in_flight_bytes=MIB))
 
 
+@pytest.mark.parametrize("unsent_bytes", [0, 64 * 1024, 2 * MIB])
+def test_no_more_is_executed_than_the_client_takes(run, trusted, unsent_bytes):
+    """What waits to be encrypted counts like what waits for the socket; when it is sent, the rest is executed."""
+
+    async def scenario(bench):
+        bench.disk.data[:] = data = os.urandom(len(bench.disk.data))
+        client = await (await TlsClient.greet(bench.path, limit=4096)).secure(trusted)
+        client.writer.transport.pause_reading()
+        count, length = 30, MIB // 2
+        client.send(*(request(c.CMD_READ, n, n * length, length) for n in range(count)))
+        reads = [("read_now", n * length, length) for n in range(count)]
+        await bench.disk.until(lambda: reads[0] in bench.disk.calls)
+        other = await (await TlsClient.greet(bench.path)).secure(trusted)
+        other.send(request(c.CMD_READ, 1, 0, 4096))
+        assert await other.reply(4096) == (1, 0, data[:4096])
+        assert len([call for call in bench.disk.calls if call in reads]) < count // 2
+        client.writer.transport.resume_reading()
+        for n in range(count):
+            assert await client.reply(length) == (n, 0, data[n * length : (n + 1) * length])
+        for one in (client, other):
+            one.writer.close()
+
+    run(scenario, limits=Limits(unsent_reply_bytes=unsent_bytes))
+
+
 def test_a_client_that_ends_its_direction_gets_its_replies(run, trusted):
     """close_notify, which is a half close: asyncio's own TLS could not do that."""
 
@@ -484,15 +557,90 @@ def test_a_client_that_ends_its_direction_gets_its_replies(run, trusted):
     run(scenario)
 
 
-def test_a_broken_record_ends_the_connection(run, trusted, caplog):
+def test_a_client_that_says_goodbye_at_once_gets_what_it_asked_for(run, trusted):
+    """The server closes, and the client's end arrives, while most of the reply still waits to be encrypted."""
+
     async def scenario(bench):
-        client = await (await TlsClient.greet(bench.path)).secure(trusted)
-        raw = client.writer.transport.get_extra_info("socket")
-        os.write(raw.fileno(), b"\x17\x03\x03\x00\x20" + bytes(32))
+        bench.disk.data[:] = data = os.urandom(len(bench.disk.data))
+        client = await ByHand.start(bench.path, trusted)
+        step, tls, writer, outgoing = client.step, client.tls, client.writer, client.outgoing
+        await step(tls.do_handshake)
+        await step(tls.write, option(c.OPT_EXPORT_NAME))
+        assert len(await step(tls.read, 10)) == 10
+        tls.write(request(c.CMD_READ, 1, 0, 8 * MIB) + request(c.CMD_DISC, 2))
+        with pytest.raises(ssl.SSLWantReadError):
+            tls.unwrap()
+        writer.write(outgoing.read())
+        writer.write_eof()
+        await bench.disk.until(lambda: any(call[0] == "read_now" for call in bench.disk.calls))
+        answer = bytearray()
+        while len(answer) < 16 + 8 * MIB:
+            answer += await step(tls.read, MIB)
+        assert answer[16:] == data[: 8 * MIB]
+        with pytest.raises(ssl.SSLZeroReturnError):  # close_notify: an orderly end
+            await step(tls.read, 1)
+        writer.close()
+
+    run(scenario)
+
+
+def test_a_client_that_cuts_its_direction_and_takes_nothing_is_dropped(run, trusted):
+    """An end without close_notify is none that TLS knows of; nobody waits for such a client to take its replies."""
+
+    async def scenario(bench):
+        client = await (await TlsClient.greet(bench.path, limit=4096)).secure(trusted)
+        client.writer.transport.pause_reading()
+        client.send(*(request(c.CMD_READ, n, 0, MIB) for n in range(8)))
+        await bench.disk.until(lambda: any(call[0] == "read_now" for call in bench.disk.calls))
+        with socket.socket(fileno=os.dup(client.writer.transport.get_extra_info("socket").fileno())) as same:
+            same.shutdown(socket.SHUT_WR)
+        await bench.disk.until(lambda: ("closed",) in bench.disk.calls)
+        client.writer.close()
+
+    run(scenario, limits=Limits(unsent_reply_bytes=32 * MIB))
+
+
+def test_a_client_that_asks_for_new_keys_and_takes_no_answer_is_dropped(run, authority, tmp_path, caplog):
+    """Each request for new keys (RFC 8446, section 4.6.3) is answered, by TLS itself."""
+
+    async def scenario(bench):
+        context = client_context(authority, authority.files("client", server=False))
+        context.keylog_filename = tmp_path / "keys"
+        client = await ByHand.start(bench.path, context)
+        await client.step(client.tls.do_handshake)
+        assert client.tls.version() == "TLSv1.3"
+        keys = SendingKeys.of(client.tls, tmp_path / "keys")
+        client.writer.write(keys.seal(option(c.OPT_EXPORT_NAME), APPLICATION_DATA))
+        assert len(await client.step(client.tls.read, 10)) == 10
+        client.writer.transport.pause_reading()
+        with contextlib.suppress(ConnectionError):
+            for _ in range(300):
+                client.writer.write(b"".join([keys.update() for _ in range(100)]))
+                await client.writer.drain()
+        await bench.disk.until(lambda: ("closed",) in bench.disk.calls)
+        client.writer.close()
+
+    run(scenario, limits=Limits(unsent_reply_bytes=64 * 1024))
+    assert "it asks for new keys without end" in caplog.text
+
+
+def test_a_broken_record_ends_the_connection(run, trusted, caplog):
+    """And the client is told why, by an alert, before it is hung up on."""
+
+    async def scenario(bench):
+        client = await ByHand.start(bench.path, trusted)
+        await client.step(client.tls.do_handshake)
+        await client.step(client.tls.write, option(c.OPT_EXPORT_NAME))
+        assert len(await client.step(client.tls.read, 10)) == 10
+        client.writer.write(b"\x17\x03\x03\x00\x20" + bytes(32))
+        with pytest.raises(ssl.SSLError, match="BAD_RECORD_MAC"):
+            await client.step(client.tls.read, 1)
         await bench.disk.until(lambda: ("closed",) in bench.disk.calls)
         client.writer.close()
 
     run(scenario)
+    assert "dropping unix client" in caplog.text
+    assert ": TLS failed (" in caplog.text
 
 
 def test_stop_sends_those_away_who_shake_hands(run):

@@ -26,20 +26,23 @@ class _Reached(Exception):
     """Ends a `watch` from within."""
 
 
-def configure(config: str, secret: str) -> None:
-    """Write the configuration (paths in it are relative to /run/replica) and the secret, cluster.key."""
+def configure(config: str, secret: str | None) -> None:
+    """Write the configuration (paths in it are relative to /run/replica) and the secret, cluster.key, if any."""
     _FOLDER.mkdir(exist_ok=True)
     _CONFIG.write_text(config)
+    if secret is None:
+        return
     key = _FOLDER / "cluster.key"
     key.touch(mode=0o600)
     key.write_text(secret + "\n")
 
 
-def cli(node: str, arguments: list[str]) -> str:
-    """`replicactl`; RuntimeError with its words unless it ends with status 0."""
+def cli(node: str | None, arguments: list[str]) -> str:
+    """`replicactl`, on a machine that is no node for None; RuntimeError with its words unless it ends with status 0."""
+    who = [] if node is None else ["--node", node]
     output, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-        status = replicactl(["--config", str(_CONFIG), "--node", node, *arguments])
+        status = replicactl(["--config", str(_CONFIG), *who, *arguments])
     if status != 0:
         raise RuntimeError(f"replicactl {' '.join(arguments)}: {errors.getvalue().strip()}")
     return output.getvalue()

@@ -1,7 +1,7 @@
 """Two nodes, each in a machine of its own whose power can be cut; their link is a cable between the machines.
 
 Each keeps its metadata on ext4 on one disk. Its copy is on another: the block device itself ("device"), or a file on
-ext4 ("file").
+ext4 ("file"). There may be a third machine, no node, with a cable to each of them.
 """
 
 import random
@@ -16,8 +16,10 @@ from tests.vm import machine as vm
 from tests.vm.machine import PATIENCE_S, Image, Machine, cable, new_disk, user_network
 
 _NBD_PORT = 10809
+_CLIENT_ADDRESS = "192.168.77.3"
 _STATE_DISK_BYTES = 24 * MIB
 _SECRET = "0123456789abcdef" * 4
+_MAP_LOG = "/run/replica/run/map/r0.log"
 _LAST_LINES = 40
 #: How the guest's kernel writes back what nobody flushes: as late as it can, or soon. By seed, since the first loses
 #: all that is not flushed, and the second brings some of it to the disk, in an order of its own.
@@ -63,7 +65,15 @@ class Node:
         """Start the machine; `boot` goes on."""
         self.port = free_port("127.0.0.1")
         ends = [self._pair.folder / f"{node.name}.cable" for node in (self, self.peer)]
-        self.machine.power_on([user_network([(self.port, _NBD_PORT)]), cable(*ends)], self._number)
+        cards = [user_network([(self.port, _NBD_PORT)]), cable(*ends)]
+        if self._pair.has_client:
+            cards.append(cable(*self.client_cable))
+        self.machine.power_on(cards, self._number)
+
+    @property
+    def client_cable(self) -> tuple[Path, Path]:
+        """This node's end and the client's end of the cable between them."""
+        return self._pair.folder / f"{self.name}-client.cable", self._pair.folder / f"client-{self.name}.cable"
 
     def boot(self, write_back: str) -> None:
         """Until the machine is up with its network and disks, its kernel writing back "late" or "soon"."""
@@ -75,10 +85,20 @@ class Node:
             f"sysctl -q -w {' '.join(_WRITE_BACK[write_back])}",
             "mkdir /state /copy; mount /dev/vdc /state",
         ]
+        if self._pair.has_client:
+            commands.append(f"ip link set eth2 mtu 9000 up; ip route add {_CLIENT_ADDRESS}/32 dev eth2")
         if self.kind == "file":
             commands.append("mount /dev/vdb /copy")
         self.machine.run("sh", "-c", "\n".join(commands))
         self._call("configure", config=self._pair.configuration(), secret=_SECRET)
+
+    def cut_client_cable(self) -> None:
+        """The client and this node hear nothing of each other any more, and are not told."""
+        self.machine.run("ip", "link", "set", "eth2", "down")
+
+    def mend_client_cable(self) -> None:
+        """It is plugged in again."""
+        self.machine.run("sh", "-c", f"ip link set eth2 up; ip route replace {_CLIENT_ADDRESS}/32 dev eth2")
 
     def copy_out(self) -> Path:
         """This node's copy of the volume, as the guest reads it, in a file of the host."""
@@ -143,15 +163,29 @@ class Node:
 
 
 class Pair:
-    """Both nodes. `settings` are keys of [resource.r0], as TOML values. Its machines are off at the end of `with`."""
+    """Both nodes. `settings` are keys of [resource.r0], as TOML values. Its machines are off at the end of `with`.
 
-    def __init__(self, folder: Path, image: Image, rng: random.Random, size_bytes: int, **settings: str) -> None:
+    `kinds` are those of the copies, at random for None; `has_client`: each node has a card for a cable to a client.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        image: Image,
+        rng: random.Random,
+        size_bytes: int,
+        *,
+        kinds: Sequence[str] | None = None,
+        has_client: bool = False,
+        **settings: str,
+    ) -> None:
         self.folder = folder
         self.image = image
         self.size_bytes = size_bytes
+        self.has_client = has_client
         self._rng = rng
         self._settings = {name.replace("_", "-"): value for name, value in settings.items()}
-        kinds = rng.sample(("device", "file"), 2)
+        kinds = kinds or rng.sample(("device", "file"), 2)
         self.nodes = Node(self, 1, kinds[0]), Node(self, 2, kinds[1])
         self._stack = ExitStack()
 
@@ -207,6 +241,59 @@ class Pair:
         for node in self.nodes:
             text += f"── {node.name} ({node.kind})\n" + "\n".join(node.log().splitlines()[-_LAST_LINES:]) + "\n"
         return text
+
+
+class ClientMachine:
+    """The third machine, which has the configuration and no secret: `replicactl map`, and what runs on the device."""
+
+    def __init__(self, pair: Pair) -> None:
+        self._pair = pair
+        self.machine = Machine("client", pair.image, pair.folder)
+
+    def power_on(self) -> None:
+        """Start the machine; `boot` goes on."""
+        cables = [cable(*reversed(node.client_cable)) for node in self._pair.nodes]
+        self.machine.power_on(cables, len(self._pair.nodes) + 1)
+
+    def boot(self) -> None:
+        """Until it is up and reaches both nodes' addresses, over one cable each."""
+        self.machine.wait_ready()
+        commands = ["set -e"]
+        for number, node in enumerate(self._pair.nodes):
+            commands += [
+                f"ip addr add {_CLIENT_ADDRESS}/32 dev eth{number}; ip link set eth{number} mtu 9000 up",
+                f"ip route add {node.address}/32 dev eth{number} src {_CLIENT_ADDRESS}",
+            ]
+        self.machine.run("sh", "-c", "\n".join(commands))
+        self.machine.call("tests.vm.operate:configure", config=self._pair.configuration(), secret=None)
+
+    def cli(self, *arguments: str) -> str:
+        """`replicactl` without a node's name: what it printed; AssertionError with its sentence when it fails."""
+        output: str = self.machine.call("tests.vm.operate:cli", node=None, arguments=arguments)
+        return output
+
+    def sh(self, script: str, timeout_s: float = PATIENCE_S) -> str:
+        """What a script of bash printed; AssertionError unless it succeeds."""
+        return self.machine.run("bash", "-euc", script, timeout_s=timeout_s)
+
+    def begin(self, name: str, *command: str) -> None:
+        """Start a program."""
+        self.machine.call("tests.vm.operate:begin", name=name, command=command)
+
+    def end(self, name: str) -> str:
+        """What it printed; AssertionError with that unless it ends with status 0."""
+        output: str = self.machine.call(
+            "tests.vm.operate:end", name=name, patience_s=PATIENCE_S, timeout_s=PATIENCE_S + 30
+        )
+        return output.strip()
+
+    def await_log(self, text: str, count: int = 1) -> None:
+        """Until replicad-map, since it was started, has said this so many times."""
+        self.sh(f'until [ "$(grep -c "{text}" {_MAP_LOG})" -ge {count} ]; do sleep 0.1; done')
+
+    def map_log(self) -> str:
+        """What `replicad-map` says."""
+        return self.machine.run("sh", "-c", f"cat {_MAP_LOG} || true")
 
 
 def power_cut(*nodes: Node) -> None:

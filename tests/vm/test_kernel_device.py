@@ -14,7 +14,7 @@ import pytest
 from tests.cluster.cluster import MIB
 from tests.vm.machine import PATIENCE_S, need_image
 from tests.vm.pair import Node, Pair
-from tests.vm.two_in_one import TwoInOne, begin_exercise
+from tests.vm.two_in_one import TwoInOne, begin_exercise, verifying_fio
 
 _DEVICE = "/dev/nbd0"
 _FOLDER = "/mnt/volume"
@@ -231,6 +231,31 @@ def test_what_nbd_client_attached_is_adopted(both: TwoInOne, rng: random.Random)
     _check(both, "ext4")
 
 
+def test_what_nbd_client_attached_is_adopted_under_load(both: TwoInOne, rng: random.Random) -> None:
+    both.sh(
+        f"""
+        modprobe nbd
+        nbd-client 127.0.0.1 10809 {_DEVICE} -N r0
+        mkfs.ext4 -q -F {_DEVICE}
+        mkdir -p {_FOLDER}
+        mount {_DEVICE} {_FOLDER}
+        """
+    )
+    both.begin("fio", *verifying_fio(_FOLDER, rng.randrange(1 << 30), 30))
+    both.sh(f"until [ -s {_FOLDER}/verify.0.0 ]; do sleep 0.1; done")
+    both.begin_exercise(_FOLDER, rng.randrange(1 << 30), 25)
+    both.cli("node1", "map", "r0", _DEVICE, "--adopt", *_WAIT, *_MOUNT, *_QUICK)
+    both.signal("node1", signal.SIGKILL)
+    both.wait("node2", connection="Connecting")
+    both.ctl("node2", "promote")
+    _await_in_log(both, "goes on after")
+    _report("adopted under load", both.end_exercise())
+    assert "err= 0" in both.end("fio")
+    both.start("node1")
+    both.wait_in_sync()
+    _check(both, "ext4")
+
+
 def test_five_failovers(both: TwoInOne, rng: random.Random) -> None:
     _make(both, "xfs", *_QUICK)
     primary, other = "node1", "node2"
@@ -322,3 +347,63 @@ def test_two_machines(short_dir: Path, rng: random.Random) -> None:
             two.ctl("connect")
         pair.wait_in_sync()
         pair.check_identical()
+
+
+_TLS = 'nbd-tls = { mode = "require", cert = "certs/%n.crt", key = "certs/%n.key", ca = "certs/ca.crt" }'
+_CLIENT_FILES = (("ca", "ca-cert.pem"), ("cert", "client-cert.pem"), ("key", "client-key.pem"))
+_CLIENT_TLS = ", ".join(f'{key} = "certs/client-%n/{file}"' for key, file in _CLIENT_FILES)
+# PF_MEMALLOC_NOIO and PF_LOCAL_THROTTLE (linux/sched.h): what PR_SET_IO_FLUSHER sets.
+_IO_FLUSHER = 0x80000 | 0x100000
+
+
+def test_tls_across_a_killed_agent_a_frozen_server_and_a_killed_primary(both: TwoInOne, rng: random.Random) -> None:
+    def restart() -> None:
+        for node in ("node1", "node2"):
+            both.signal(node, signal.SIGKILL)
+        for node in ("node1", "node2"):
+            both.start(node)
+        both.wait("node1", connection="Connected")
+        both.ctl("node1", "promote")
+        both.wait_in_sync()
+
+    both.sh("cp /run/replica/replica.toml /run/replica/without-tls")
+    both.cli("node1", "certs")
+    both.cli("node1", "certs", "--client", "laptop")
+    both.sh(
+        f"""
+        cd /run/replica
+        sed -i 's|^\\[cluster\\]$|&\\nclient-tls = {{ {_CLIENT_TLS} }}|; s|^\\[resource.r0\\]$|&\\n{_TLS}|' replica.toml
+        """
+    )
+    try:
+        restart()
+        both.sh(f"modprobe nbd; ! nbd-client 127.0.0.1 10809 {_DEVICE} -N r0 2>/tmp/refusal; cat /tmp/refusal >&2")
+        _make(both, "ext4", *_QUICK, "--connections", "2")
+        agent = "ps -eo pid,args | awk '/[k]ernel_device.agent/ { print $1 }'"
+        threads = both.sh(f"for t in /proc/$({agent})/task/*/stat; do sed 's/.*) //' $t | cut -d' ' -f7; done").split()
+        assert len(threads) > 2
+        assert all(int(flags) & _IO_FLUSHER == _IO_FLUSHER for flags in threads)
+
+        both.begin_exercise(_FOLDER, rng.randrange(1 << 30), 50)
+        both.sh(f"kill -9 $({agent})")
+        assert both.cli("node1", "map", "r0", *_WAIT, *_MOUNT, *_QUICK) == f"{_DEVICE}\n"
+        both.signal("node1", signal.SIGSTOP)
+        _await_in_log(both, "the connection has ended (")
+        both.signal("node1", signal.SIGCONT)
+        _await_in_log(both, "goes on after", 2)
+        both.signal("node1", signal.SIGKILL)
+        both.wait("node2", connection="Connecting")
+        both.ctl("node2", "promote")
+        _report("TLS: killed agent, frozen server, killed Primary", both.end_exercise())
+        both.start("node1")
+        both.wait_in_sync()
+        _check(both, "ext4")
+
+        client = "REPLICA_NODE=laptop python3 -m replica.cli --config /run/replica/replica.toml"
+        files = " ".join(f"--tls-{key} /run/replica/certs/client-laptop/{file}" for key, file in _CLIENT_FILES)
+        for options in ("", files):
+            assert both.sh(f"{client} map r0 {_DEVICE} {options}; {client} unmap r0") == f"{_DEVICE}\n"
+            both.sh("sed -i /^client-tls/d /run/replica/replica.toml")
+    finally:
+        both.sh("mv /run/replica/without-tls /run/replica/replica.toml")
+        restart()

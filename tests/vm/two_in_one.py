@@ -21,6 +21,15 @@ def begin_exercise(machine: Machine, folder: str, seed: int, seconds: int) -> No
     machine.run("bash", "-c", f"until [ -s {folder}/exercised -o -s {folder}/renamed ]; do sleep 0.1; done")
 
 
+def verifying_fio(folder: str, seed: int, seconds: int) -> list[str]:
+    """A fio that writes a file anew again and again, 20 requests a second, and reads back what it wrote."""
+    return [
+        *("fio", "--name=verify", f"--directory={folder}", "--size=8M", "--rw=randwrite", "--bsrange=4k-64k"),
+        *("--direct=1", "--ioengine=libaio", "--iodepth=4", "--rate_iops=20", "--time_based", f"--runtime={seconds}"),
+        *("--verify=crc32c", "--verify_fatal=1", f"--randseed={seed}"),
+    ]
+
+
 class TwoInOne:
     """The machine, its two daemons, and what an operator does there. A context manager."""
 
@@ -98,9 +107,17 @@ class TwoInOne:
 
     def end_exercise(self) -> dict[str, Any]:
         """What it reports; AssertionError when it has seen an error or wrong data."""
-        output: str = self._call("end", name="exerciser", patience_s=PATIENCE_S, timeout_s=PATIENCE_S + 30)
-        report: dict[str, Any] = json.loads(output.splitlines()[-1])
+        report: dict[str, Any] = json.loads(self.end("exerciser").splitlines()[-1])
         return report
+
+    def begin(self, name: str, *command: str) -> None:
+        """Start a program."""
+        self._call("begin", name=name, command=command)
+
+    def end(self, name: str) -> str:
+        """What it printed; AssertionError with that unless it ends with status 0."""
+        output: str = self._call("end", name=name, patience_s=PATIENCE_S, timeout_s=PATIENCE_S + 30)
+        return output
 
     def map_log(self) -> str:
         """What `replicad-map` says."""

@@ -1,7 +1,7 @@
 """The kind "ip" as the configuration has it.
 
-The agent itself (`replica.heartbeat.agents.ip`), with all that it takes to talk to the kernel, is imported only where one
-is made: every program reads the configuration.
+The agent itself (`replica.heartbeat.agents.ip`), with all that it takes to talk to the kernel, is imported only where
+one is made: every program reads the configuration.
 """
 
 import ipaddress

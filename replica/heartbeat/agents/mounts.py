@@ -70,11 +70,13 @@ def loops_of(file: str) -> list[str]:
 
 
 def users_of(folder: str) -> list[User]:
-    """The processes, but this one, that run from the folder, work in it, or have one of its files open or mapped."""
+    """The processes that run from the folder, work in it, or have one of its files open or mapped; but not this one,
+    nor the first.
+    """
     return [
         User(pid, _name(pid))
         for pid in _pids()
-        if pid != os.getpid() and any(_is_within(path, folder) for path in _paths(pid))
+        if pid not in (1, os.getpid()) and any(_is_within(path, folder) for path in _paths(pid))
     ]
 
 

@@ -35,6 +35,7 @@ ANSWER_TIMEOUT_S: Final = 5.0
 RETRIES_S: Final = (0.0, 0.1, 1.0, 2.0, 5.0)
 _START_TIMEOUT_S: Final = 60.0
 _LOOK_INTERVAL_S: Final = 0.02
+_COULD_NOT_START: Final = 1  # its exit status
 _UCRED: Final = struct.Struct("=iii")
 _SYSTEMD: Final = Path("/run/systemd/system")  # as sd_booted(3) looks for it
 
@@ -133,7 +134,7 @@ class Replicad:
         return self._config
 
     async def _follow(self) -> None:
-        starts = 0
+        starts, failure = 0, ""
         while True:
             began_s = clock.now()
             try:
@@ -145,20 +146,21 @@ class Replicad:
                 problem = f"replicad {self.name} does not run"
             except ReplicaError as error:
                 problem = str(error)
-            self._tell(None, await self._last_words() or problem)
+            self._tell(None, failure or await self._last_words() or problem)
             if clock.now() - began_s > RETRIES_S[-1]:
                 starts = 0
             await asyncio.sleep(RETRIES_S[min(starts, len(RETRIES_S) - 1)])
             starts += 1
+            failure = ""
             try:
                 if not await self._runs():
                     await self._start()
             except (ReplicaError, OSError) as error:
-                self._tell(None, f"replicad {self.name} cannot be started: {error}")
+                failure = f"replicad {self.name} cannot be started: {error}"
 
     async def _last_words(self) -> str:
         """Why the one that was started here has ended by itself."""
-        if self._process is None or not self._process.poll():
+        if self._process is None or self._process.poll() != _COULD_NOT_START:
             return ""
         words = await in_thread(_last_sentence, (await self._load()).node_run_dir / f"{self.name}.log")
         return f"replicad {self.name} cannot be started: {words}" if words else ""

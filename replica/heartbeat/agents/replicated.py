@@ -23,6 +23,8 @@ CONNECT_WAIT_S: Final = 0.5
 
 #: A replicad that ends more often than that is a failure of the group.
 MEND_INTERVAL_S: Final = 60.0
+#: After that a link whose peer is dead is known to be (the default of its key `timeout-s` is 6).
+LINK_VERDICT_S: Final = 10.0
 
 ENDED: Final = "is not served: its replicad has ended"
 _IN_TOUCH: Final = (Replication.ESTABLISHED, Replication.SYNC_SOURCE, Replication.PAUSED_SYNC_S)
@@ -99,10 +101,19 @@ class ReplicatedAgent:
         except NotRunning:
             return False
         except ReplicaError:
-            if _link(await self._replicad.wait_until_it_answers()) != before:
+            if _link(await self._replicad.wait_until_it_answers()) != before or await self._link_changes(before):
                 return False
             raise
         return True
+
+    async def _link_changes(self, before: tuple[str, str]) -> bool:
+        """A peer whose word a refusal rests on may be dead, and the link not know it yet; one that lives keeps it."""
+        if before[0] == Connection.CONNECTED:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LINK_VERDICT_S):
+                    await self._replicad.wait_for(lambda status: _link(status) != before)
+                    return True
+        return False
 
     async def _settle(self) -> Status:
         """Wait until it is known whether the peer is there, whose consent is asked then."""
