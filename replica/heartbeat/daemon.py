@@ -15,9 +15,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import uvloop
 
@@ -45,6 +45,8 @@ from replica.supervisor import notify_supervisor
 log = logging.getLogger("replica.heartbeat")
 
 PROGRAM = CLUSTER_MANAGER
+#: What came while a daemon ended that is to start anew.
+_late: set[int] = set()
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -124,8 +126,6 @@ class Daemon:
                 return False
             # Here, where heartbeats still go: they may take their time to end.
             await self._clients.stop()
-            # From now until the next one listens, nobody does, and they would end the process.
-            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
             return True
         finally:
             for task in (*tasks, feeding):
@@ -254,10 +254,29 @@ async def _serve(settings: HeartbeatSettings, reread: Callable[[], object]) -> b
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     again = await Daemon(settings, reread).run(leave, restart)
     if again:
-        await in_thread(lambda: None)  # the loop has looked at what came before they were blocked
+        for number in _SIGNALS:
+            signal.signal(number, _come_late)
+        await in_thread(lambda: None)  # what came before that has reached the loop now
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)
+            signal.signal(number, _come_late)
         if leave.is_set():
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+            _late.add(signal.SIGTERM)
     return again
+
+
+def _come_late(number: int, _frame: object) -> None:
+    _late.add(number)
+
+
+def _start_anew(arguments: Sequence[str]) -> NoReturn:
+    """In this process. A SIGTERM that nobody was there for any more is for the one that follows."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    if _late - {signal.SIGHUP}:
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+    log.info("Starting anew.")
+    logging.shutdown()
+    os.execv(sys.executable, [sys.executable, "-m", "replica.heartbeat.daemon", *arguments])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -281,9 +300,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1
     if again:
-        log.info("Starting anew.")
-        logging.shutdown()
-        os.execv(sys.executable, [sys.executable, "-m", "replica.heartbeat.daemon", *(argv or sys.argv[1:])])
+        _start_anew(argv or sys.argv[1:])
     return 0
 
 

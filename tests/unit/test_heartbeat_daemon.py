@@ -15,7 +15,7 @@ import pytest
 from replica import control
 from replica.errors import ReplicaError
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = pytest.mark.timeout(40)
 
 SCRIPT = """#!/bin/sh
 up=$(dirname $0)/up-$1-$2
@@ -81,7 +81,7 @@ class Node:
 
     def wait(self) -> int:
         assert self.process is not None
-        return self.process.wait(60)
+        return self.process.wait(30)
 
     def until(self, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """The first status of which that is true, also over a start anew of the daemon."""
@@ -246,9 +246,7 @@ def test_what_fails_too_often_moves_and_is_cleared(pair: tuple[Node, Node]) -> N
     new.write_text(SCRIPT.replace("start)", "start) [ $1 = node1 ] && exit 1;"))
     new.chmod(0o755)
     new.replace(script)
-    with pytest.raises(
-        ReplicaError, match=r"data has (failed on|come back from) node1|not everything runs|cannot take"
-    ):
+    with pytest.raises(ReplicaError, match=r"(has come back from|has failed on) node1"):
         node2.ask("standby")
     node2.until(placed("node1", "node2"))
     new.write_text(SCRIPT)

@@ -7,6 +7,7 @@ time, among them an address with its lease in the kernel. The rules are checked 
 - *one holder*: no two nodes show the address of a group, or have it promoted where it is replicated, but while one of
   them cannot know better: it was paused, cut off, or has had no time yet to hear of the other;
 - *fenced first*: a replicated group is never promoted on two nodes at all;
+- *after a pause*: no address is shown before somebody was heard, or listened for long enough;
 - *in order*: a group's resources run only on top of those before them;
 - *it goes on*: when all is well again, each group runs on one node, the preferred one if it is to fail back.
 """

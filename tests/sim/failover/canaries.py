@@ -73,7 +73,7 @@ CANARIES: Final = (
         "leftovers",
         "a daemon that starts says that it holds nothing without having looked",
         "replica.heartbeat.group:GroupRunner._stop_what_runs",
-        "if any(active):",
+        "if running:",
         "if False:",
     ),
     Canary(

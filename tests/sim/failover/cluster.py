@@ -113,6 +113,12 @@ class Cluster:
 
     def check(self) -> None:
         """After every change of a resource."""
+        for machine in self.machines.values():
+            if not machine.knows_nothing_yet:
+                continue
+            for things in machine.things.values():
+                if any(thing.up and thing.kind == "ip" and thing.shown_s > machine.resumed_s for thing in things):
+                    self._break(f"{machine.name} shows an address after a pause without having heard anybody")
         for group in ("web", "data"):
             first, second = (self.machines[name].things[group] for name in NODES)
             for one, other in zip(first, second, strict=True):

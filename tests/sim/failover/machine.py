@@ -31,9 +31,11 @@ class Thing:
         self.broken = False  # it fails when it is started, until it is mended
         self.stuck = False  # it fails when it is stopped
         self.until_s = 0.0  # of an address
+        self.shown_s = 0.0  # since when it is up (or not)
 
     def set(self, up: bool) -> None:
         self.up = up
+        self.shown_s = self.machine.cluster.world.now_s
         self.machine.cluster.check()
 
     def expire(self) -> None:
@@ -210,6 +212,9 @@ class Machine:
         self.seen = Number()
         self.starts = 0
         self.powered = False
+        self.paused_s = 0.0
+        #: The end of a pause of this daemon that was longer than deadtime.
+        self.resumed_s: float | None = None
         self.loop: NodeLoop | None = None
         self.manager: Manager | None = None
         self.links: SimLinks | None = None
@@ -217,6 +222,13 @@ class Machine:
     @property
     def paused(self) -> bool:
         return self.loop is not None and self.loop.frozen is not None
+
+    @property
+    def knows_nothing_yet(self) -> bool:
+        """It was paused, has heard nobody since then, and has not listened for long enough."""
+        if self.resumed_s is None or self.paused or self.links is None or self.links.peer().heard_s is not None:
+            return False
+        return bool(self.cluster.world.now_s - self.resumed_s < self.settings.timing.deadtime_s)
 
     def boot(self) -> None:
         """Power on, and start the daemon."""
@@ -229,6 +241,7 @@ class Machine:
         world: World = self.cluster.world
         self.cluster.say(f"{self.name}: the daemon starts")
         self.starts += 1
+        self.resumed_s = None
         self.loop = NodeLoop(world, f"{self.name}.{self.starts}")
         world.enter(self.loop, self._begin)
 
@@ -301,12 +314,15 @@ class Machine:
         if self.loop is not None and self.loop.frozen is None:
             self.cluster.say(f"{self.name}: paused")
             self.loop.frozen = []
+            self.paused_s = self.cluster.world.now_s
 
     def resume(self) -> None:
         loop = self.loop
         if loop is not None and loop.frozen is not None:
             self.cluster.say(f"{self.name}: resumed")
             waiting, loop.frozen = loop.frozen, None
+            now = self.cluster.world.now_s
+            self.resumed_s = now if now - self.paused_s >= self.settings.timing.deadtime_s else None
             # What has come in and what has become due meanwhile: in no order that could be relied on.
             self.cluster.rng.shuffle(waiting)
             for callback, arguments in waiting:
