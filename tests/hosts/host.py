@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 _NAMESPACES: Final = ("--net", "--uts", "--ipc", "--mount", "--pid")
+_RETRY_S: Final = 0.02
 _STOPPED: Final = frozenset("TtZX")
 
 
@@ -143,9 +144,8 @@ class Host:
             self.lab.loop_devices |= {(device, loop_backing(device)) for device in loops}
             running.kill()
             self.lab.switch.remove(*self.ports())
-            for device in loops:  # those are the machine's
-                with contextlib.suppress(LabError):
-                    run(["losetup", "--detach", device])
+            for device in loops:
+                _detach(device)
 
     # ── other faults ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -278,6 +278,18 @@ def _loop_devices(pid: int) -> list[str]:
         return []
     sources = (line.rpartition(" - ")[2].split()[1] for line in mounts.splitlines())
     return sorted({source for source in sources if source.startswith("/dev/loop")})
+
+
+def _detach(device: str) -> None:
+    """Loop devices are the machine's, and stay. Returns when it is free: the kernel takes down the mounts of a
+    namespace some time after its last process.
+    """
+    backing = loop_backing(device)
+    until = now() + PATIENCE_S
+    while backing and loop_backing(device) == backing and now() < until:
+        with contextlib.suppress(LabError):
+            run(["losetup", "--detach", device])
+        time.sleep(_RETRY_S)
 
 
 def loop_backing(device: str) -> str:
