@@ -8,6 +8,7 @@ import pytest
 from tests.hosts import apache
 from tests.hosts.host import Host, now
 from tests.hosts.lab import Lab
+from tests.hosts.namespace import LabError
 from tests.hosts.replicated import Replicated, need_data
 
 #: Longer than it takes to find out that a volume is gone, and to begin mending it.
@@ -22,7 +23,11 @@ def cluster(new_lab: Callable[..., Lab]) -> Iterator[Replicated]:
     need_data()
     with Replicated(new_lab()) as cluster:
         since = now()
-        cluster.served_by(cluster.node1, since)
+        try:
+            cluster.served_by(cluster.node1, since)
+        except LabError:
+            print(cluster.lab.report())
+            raise
         yield cluster
         assert cluster.probe.timeline.two_holders(since, now()) == []
 
