@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 _NAMESPACES: Final = ("--net", "--uts", "--ipc", "--mount", "--pid")
+_RETRY_S: Final = 0.02
 _STOPPED: Final = frozenset("TtZX")
-_LOOK_S: Final = 0.02
-_LET_GO_S: Final = 5.0
 
 
 def now() -> float:
@@ -145,7 +144,7 @@ class Host:
             self.lab.loop_devices |= {(device, loop_backing(device)) for device in loops}
             running.kill()
             self.lab.switch.remove(*self.ports())
-            for device in loops:  # those are the machine's
+            for device in loops:
                 _detach(device)
 
     # ── other faults ─────────────────────────────────────────────────────────────────────────────────────────
@@ -282,14 +281,15 @@ def _loop_devices(pid: int) -> list[str]:
 
 
 def _detach(device: str) -> None:
-    """Returns when the kernel has let go of it, which it does when the mounts of the host that has ended are gone; or
-    after a while: by then it may be somebody else's.
+    """Loop devices are the machine's, and stay. Returns when it is free: the kernel takes down the mounts of a
+    namespace some time after its last process.
     """
-    backing, deadline_s = loop_backing(device), now() + _LET_GO_S
-    with contextlib.suppress(LabError):
-        run(["losetup", "--detach", device])
-    while backing and loop_backing(device) == backing and now() < deadline_s:
-        time.sleep(_LOOK_S)
+    backing = loop_backing(device)
+    until = now() + PATIENCE_S
+    while backing and loop_backing(device) == backing and now() < until:
+        with contextlib.suppress(LabError):
+            run(["losetup", "--detach", device])
+        time.sleep(_RETRY_S)
 
 
 def loop_backing(device: str) -> str:

@@ -48,7 +48,7 @@ class Switch:
             try:
                 self._ip("link", "del", port)
             except LabError as error:
-                if "Cannot find device" not in str(error):
+                if not any(words in str(error) for words in ("Cannot find device", "No such device")):
                     raise
 
     # ── losses ───────────────────────────────────────────────────────────────────────────────────────────────
