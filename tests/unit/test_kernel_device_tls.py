@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -277,6 +278,38 @@ def test_replies_of_a_server_that_takes_nothing_more_arrive(node1: TlsFiles, lap
         assert raw(kernel).receive(len(replies)) == replies
         assert has_ended(kernel)
         sender.join(_PATIENCE_S)
+
+
+def test_one_direction_that_is_full_does_not_hold_the_other(
+    node1: TlsFiles, laptop: ClientTls, rng: random.Random
+) -> None:
+    requests, replies = rng.randbytes(8 * MIB), rng.randbytes(8 * MIB)  # more than is held on the way
+    with ThreadPoolExecutor() as pool, relayed(node1, laptop) as (kernel, server):
+        server.settimeout(_PATIENCE_S)
+        # The server takes nothing, and all of its replies arrive.
+        sending = pool.submit(kernel.sendall, requests)
+        receiving = pool.submit(raw(kernel).receive, len(replies))
+        server.sendall(replies)
+        assert receiving.result(_PATIENCE_S) == replies
+        assert not sending.done()
+        assert raw(server).receive(len(requests)) == requests
+        # The kernel takes nothing, and all of its requests arrive.
+        sending = pool.submit(kernel.sendall, requests)
+        server.setblocking(False)
+        received, sent = bytearray(), 0
+        poll = select.poll()
+        poll.register(server, select.POLLIN)
+        while len(received) < len(requests):
+            with contextlib.suppress(ssl.SSLWantWriteError):
+                while sent < len(replies):
+                    sent += server.send(replies[sent : sent + (64 << 10)])
+            with contextlib.suppress(ssl.SSLWantReadError):
+                while data := server.recv(1 << 20):
+                    received += data
+            assert len(received) == len(requests) or poll.poll(_PATIENCE_S * 1000)
+        assert received == requests
+        assert 0 < sent < len(replies)
+        sending.result(_PATIENCE_S)
 
 
 # ── who is believed ──────────────────────────────────────────────────────────────────────────────────────────────
