@@ -1,6 +1,7 @@
 """The lab itself: what is cut is cut, what is frozen is silent, and two holders of an address are seen."""
 
 import signal
+import time
 from collections.abc import Callable
 
 import pytest
@@ -169,7 +170,9 @@ def test_the_fence_device_cuts_the_power(lab: Lab) -> None:
 def test_programs_are_found_by_their_command_line(lab: Lab) -> None:
     lab.node1.spawn("sleeper", "sleep", "1000")
     assert lab.node1.signal(signal.SIGKILL, "sleep 1001") == []
-    assert len(lab.node1.signal(signal.SIGKILL, "sleep 1000")) == 1
+    while not (reached := lab.node1.signal(signal.SIGKILL, "sleep 1000")):
+        time.sleep(0.02)  # it has been started, and is on the way to being that program
+    assert len(reached) == 1
     lab.node2.spawn("sleeper", "sleep", "1000")
     assert lab.node1.signal(signal.SIGKILL, "sleep 1000") == []
 
