@@ -39,7 +39,7 @@ setup: venv ## venv, and as root on Debian also the programs that the tests use
 	@$(call install_missing,$(DEBIAN_PACKAGES))
 
 hosts-setup: setup
-	@tests/hosts/install-programs
+	@tests/hosts/install-programs apache2
 
 vm-setup: venv
 	@$(call install_missing,$(VM_PACKAGES))
@@ -95,6 +95,7 @@ bench: setup ## write latency and throughput (pytest-benchmark)
 
 bench-failover: ROUNDS ?= 3
 bench-failover: hosts-setup ## failover beside Debian's heartbeat, ROUNDS=3 times (as root); writes docs/failover.md
+	@tests/hosts/install-programs heartbeat
 	$(BIN)/python -m bench.failover --rounds $(ROUNDS) --write-docs
 
 test-cluster: hosts-setup ## every scenario of failover on hosts of namespaces, at length (as root)

@@ -233,8 +233,7 @@ def test_one_that_hangs_is_killed(libnbd: Any, pair: Cluster, monkeypatch: pytes
             pair.node1.freeze()
             with pytest.raises(AgentError, match="hangs"):
                 await one.agent.monitor()
-            with pytest.raises(AgentError, match="does not answer"):
-                await one.agent.active()
+            assert await one.agent.active(), "it may be Primary"
             stopping = asyncio.create_task(one.agent.stop())
             await asyncio.to_thread(process.wait, PATIENCE_S)
             pair.node1.process = None

@@ -170,8 +170,10 @@ class ReplicatedAgent:
             return bool((await self._replicad.ask_status())["role"] == Role.PRIMARY)
         except NotRunning:
             return False
-        except (TimeoutError, ReplicaError):
+        except TimeoutError:
             return True
+        except ReplicaError as error:
+            raise AgentError(f"is unknown: {error}") from None
 
     def ready(self) -> Ready:
         self._replicad.begin()
