@@ -291,11 +291,9 @@ def test_an_operator_switches_the_node_that_serves_off(begin: Callable[..., Stor
 
 
 @at_length
-@pytest.mark.parametrize("module", ["replica.daemon", "replica.heartbeat.daemon"])
-def test_a_daemon_is_stopped_by_a_debugger(begin: Callable[..., Story], module: str) -> None:
-    """Its node does no good: whether it is mended there or the other one takes over, nothing is lost."""
+def test_a_cluster_manager_that_is_stopped_by_a_debugger_loses_its_group(begin: Callable[..., Story]) -> None:
     story = begin()
-    assert story.node1.signal(signal.SIGSTOP, f"{Host.interpreter} -m {module}")
     since = now()
-    story.site.deposits.wait(story.node2 if "heartbeat" in module else story.node1, since)
+    assert story.node1.signal(signal.SIGSTOP, f"{Host.interpreter} -m replica.heartbeat.daemon")
+    story.accepts(story.node2, since)
     story.site.finish(story.node1)
