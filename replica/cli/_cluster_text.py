@@ -9,7 +9,7 @@ def cluster_lines(status: dict[str, Any]) -> list[str]:
     """The nodes, the decision, each group with its resources, what is heard, what is wrong."""
     lines = [f"{status['node']} is {status['phase']}; {_peer_text(status)}", f"  {status['sentence']}"]
     for group in status["groups"]:
-        lines += _group_lines(group)
+        lines += _group_lines(group, status["node"])
     lines += [f"  path {_path_text(path)}" for path in status["paths"]]
     lines += [f"  ping {ping['name']}: {'answers' if ping['alive'] else 'does not answer'}" for ping in status["pings"]]
     lines += [f"  fencing of {node}: {_fencing_text(fencing)}" for node, fencing in status["fencing"].items()]
@@ -24,14 +24,15 @@ def _peer_text(status: dict[str, Any]) -> str:
     return f"{status['peer']} is {phase or 'heard'}"
 
 
-def _group_lines(group: dict[str, Any]) -> list[str]:
+def _group_lines(group: dict[str, Any], node: str) -> list[str]:
     holder = f"on {group['holder']}" if group["holder"] else "on no node"
     preferred = "" if group["holder"] == group["preferred"] else f", preferred {group['preferred']}"
     by_operator = ", put there by an operator" if group.get("by_operator") else ""
     lines = [f"  group {group['name']}: {group['status']} {holder}{preferred}{by_operator}"]
     if group.get("sentence"):
         lines.append(f"    {group['sentence']}")
-    for resource in group["resources"]:
+    # Where the other node has the group, this one knows nothing of its resources there.
+    for resource in group["resources"] if group["holder"] in (node, None) else ():
         problem = f": {resource['problem']}" if resource.get("problem") else ""
         lines.append(f"    {resource['name']}: {resource['status']}{problem}")
     # A group can run where nothing is said against it.

@@ -30,8 +30,9 @@ class Claim(NamedTuple):
         """Whether `other` is the one that holds."""
         return self._rank(preferred) < other._rank(preferred)
 
-    def _rank(self, preferred: str) -> tuple[int, bool, bool, bool]:
-        return self.term, bool(self.owner), self.owner == preferred, self.by_operator
+    def _rank(self, preferred: str) -> tuple[bool, int, bool, bool]:
+        # A node that has booted since remembers a term and holds nothing: that is no reason for who holds it to let go.
+        return bool(self.owner), self.term, self.owner == preferred, self.by_operator
 
 
 class Status(StrEnum):

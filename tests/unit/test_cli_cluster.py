@@ -94,6 +94,12 @@ def test_the_words() -> None:
     assert cluster_lines(document()) == TEXT.splitlines()
 
 
+def test_the_resources_of_a_group_are_shown_by_the_node_that_has_it() -> None:
+    lines = cluster_lines(document(node="node2", peer="node1"))
+    assert "  group web: started on node1" in lines
+    assert not [line for line in lines if "replica r0" in line or "postfix" in line]
+
+
 def test_the_words_when_the_other_node_is_gone() -> None:
     path = {"name": "bcast eth0", "state": "dead", "problem": "no such interface", "heard_s_ago": None}
     group = document()["groups"][0] | {

@@ -97,6 +97,13 @@ CASES = (
         "belongs to node2 by now: letting go",
         THEIRS,
     ),
+    Case(
+        "the other one remembers a higher term, and holds nothing",
+        verdict(state(MINE, STARTED), alive(state(Claim(7)))),
+        None,
+        "runs here",
+        MINE,
+    ),
     # nobody's yet
     Case(
         "the first node gives it to the preferred one",
