@@ -24,6 +24,8 @@ DELAY_S = 0.01
 #: From when two nodes can hear each other until the loser must have let go.
 GRACE_S = 0.5
 CHECK_S = 0.05
+#: Several times as many as a seed takes: more of them are two nodes that keep each other busy.
+MOST_STEPS = 100_000
 #: How often the answer to a question for an address is missed: nothing may rest on it alone.
 MISSED = 0.3
 
@@ -33,7 +35,7 @@ class Cluster:
 
     def __init__(self, seed: int, timing: Timing, *, fencing: bool, auto_failback: bool) -> None:
         self.rng = random.Random(seed)
-        self.world = World()
+        self.world = World(MOST_STEPS)
         self.timing = timing
         self.fencing = fencing
         self.fencing_fails = False

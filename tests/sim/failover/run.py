@@ -142,7 +142,7 @@ class Chaos:
         """A daemon dies in the midst of a start or stop, of which something is asked at once."""
         machine = self.machine()
         machine.dies_at_work = True
-        self.ask(machine, "standby", "all")
+        self.ask(self.cluster.machines[machine.settings.peer], "takeover")
 
     def start_daemon(self) -> None:
         for machine in self.cluster.machines.values():
@@ -166,7 +166,10 @@ class Chaos:
             thing.set(False)
 
     def stick(self) -> None:
-        self.thing().stuck = True
+        thing = self.thing()
+        thing.stuck = True
+        if self.rng.random() < 0.5:
+            self.ask(thing.machine, "standby", "all")
 
     def mend(self) -> None:
         for machine in self.cluster.machines.values():
@@ -269,6 +272,8 @@ def run(seed: int) -> Outcome:
         problem = _peace(chaos)
         if not problem and cluster.auto_failback and rng.random() < 0.3:
             problem = _fails_back_after_restart(chaos)
+        if world.steps > world.most_steps:
+            cluster.break_rule("there is no end of it")
         problem = "; ".join(cluster.broken_rules or world.complaints) or problem
     if problem:
         for machine in cluster.machines.values():
