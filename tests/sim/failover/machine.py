@@ -57,7 +57,7 @@ class SimAgent:
 
     @contextlib.asynccontextmanager
     async def _working(self) -> AsyncIterator[None]:
-        """A program runs: half of its time before what is done here. Who is cancelled has to end it, which takes time."""
+        """A program runs: half of its time before what is done here. To be cancelled takes time, too."""
         thing = self._thing
         thing.machine.begins_work()
         if self._works:
