@@ -42,8 +42,9 @@ def _nothing(*_args: Any) -> None:
 class World:
     """The clock and the queue of everything that is going to happen."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_steps: int = MOST_STEPS) -> None:
         self.now_s = 0.0
+        self.most_steps = most_steps
         self.steps = 0
         self.complaints: list[str] = []
         #: Nothing more is to happen: somebody complained, or a rule is broken.
@@ -137,7 +138,7 @@ class World:
             else:
                 return False
             self.steps += 1
-            if self.steps > MOST_STEPS:
+            if self.steps > self.most_steps:
                 self.halted = True
             if owner is None:
                 callback(*args)

@@ -1,8 +1,9 @@
 """One simulated machine: its event loop, what runs on it, and its daemon, which can be killed, paused and started."""
 
 import asyncio
+import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from replica.heartbeat.agents.base import AgentError, Start
@@ -18,6 +19,8 @@ from tests.sim.loop import NodeLoop, World
 
 #: What a resource takes to start or stop, at most.
 BUSY_S = 0.3
+#: What passes, at most, until a daemon that died is started again by its supervisor.
+RESTART_S = 1.0
 #: What the kernel is late by, at most, in dropping an address.
 LEASE_FUZZ_S = 1.25
 
@@ -50,9 +53,28 @@ class SimAgent:
     def __init__(self, thing: Thing, rng: random.Random) -> None:
         self._thing = thing
         self._rng = rng
+        self._works = False
+
+    @contextlib.asynccontextmanager
+    async def _working(self) -> AsyncIterator[None]:
+        """A program runs: half of its time before what is done here. To be cancelled takes time, too."""
+        thing = self._thing
+        thing.machine.begins_work()
+        if self._works:
+            thing.machine.cluster.break_rule(f"two programs work on {thing.kind} of {thing.group} at once")
+        self._works = True
+        try:
+            await self._take_time()
+            yield
+            await self._take_time()
+        except asyncio.CancelledError:
+            await self._take_time()
+            raise
+        finally:
+            self._works = False
 
     async def _take_time(self) -> None:
-        await asyncio.sleep(self._rng.uniform(0.001, BUSY_S))
+        await asyncio.sleep(self._rng.uniform(0.001, BUSY_S / 2))
 
     async def start(self, start: Start) -> None:
         thing = self._thing
@@ -60,24 +82,25 @@ class SimAgent:
             if thing.kind == "ip":
                 self.hold(thing.machine.cluster.world.now_s + thing.machine.settings.timing.deadtime_s)
             return
-        await self._take_time()
-        if thing.broken:
-            raise AgentError("is broken")
-        if thing.kind == "ip":
-            if thing.machine.cluster.answered_elsewhere(thing):
-                raise AgentError("is held by somebody else")
-            thing.up = True
-            self.hold(thing.machine.cluster.world.now_s + thing.machine.settings.timing.deadtime_s)
-            thing.up = False
-        thing.set(True)
+        async with self._working():
+            if thing.broken:
+                raise AgentError("is broken")
+            if thing.kind == "ip":
+                if thing.machine.cluster.answered_elsewhere(thing):
+                    raise AgentError("is held by somebody else")
+                thing.up = True
+                self.hold(thing.machine.cluster.world.now_s + thing.machine.settings.timing.deadtime_s)
+                thing.up = False
+            thing.set(True)
 
     async def stop(self) -> None:
         if not self._thing.up:
             return
-        await self._take_time()
-        if self._thing.stuck:
-            raise AgentError("does not stop")
-        self._thing.set(False)
+        self._thing.machine.cluster.check_stop(self._thing)
+        async with self._working():
+            if self._thing.stuck:
+                raise AgentError("does not stop")
+            self._thing.set(False)
 
     async def monitor(self) -> None:
         if not self._thing.up:
@@ -212,9 +235,13 @@ class Machine:
         self.seen = Number()
         self.starts = 0
         self.powered = False
-        self.paused_s = 0.0
-        #: The end of a pause of this daemon that was longer than deadtime.
+        #: When the daemon was last known to run, while it does not.
+        self.ran_s = 0.0
+        #: Since when it runs again, after it did not for longer than deadtime.
         self.resumed_s: float | None = None
+        self.started_s = 0.0
+        #: The daemon is to die in the midst of the next start or stop of anything.
+        self.dies_at_work = False
         self.loop: NodeLoop | None = None
         self.manager: Manager | None = None
         self.links: SimLinks | None = None
@@ -225,7 +252,7 @@ class Machine:
 
     @property
     def knows_nothing_yet(self) -> bool:
-        """It was paused, has heard nobody since then, and has not listened for long enough."""
+        """It did not run for a while, has heard nobody since then, and has not listened for long enough."""
         if self.resumed_s is None or self.paused or self.links is None or self.links.peer().heard_s is not None:
             return False
         return bool(self.cluster.world.now_s - self.resumed_s < self.settings.timing.deadtime_s)
@@ -241,7 +268,8 @@ class Machine:
         world: World = self.cluster.world
         self.cluster.say(f"{self.name}: the daemon starts")
         self.starts += 1
-        self.resumed_s = None
+        self.started_s = world.now_s
+        self._runs_again()
         self.loop = NodeLoop(world, f"{self.name}.{self.starts}")
         world.enter(self.loop, self._begin)
 
@@ -297,7 +325,25 @@ class Machine:
         if self.loop is not None:
             self.cluster.say(f"{self.name}: the daemon is dead")
             self.loop.dead = True
+            if not self.paused:
+                self.ran_s = self.cluster.world.now_s
             self.loop = self.manager = self.links = None
+
+    def _runs_again(self) -> None:
+        now = self.cluster.world.now_s
+        self.resumed_s = now if now - self.ran_s >= self.settings.timing.deadtime_s else None
+
+    def begins_work(self) -> None:
+        """A resource is being started or stopped."""
+        if self.dies_at_work:
+            self.dies_at_work = False
+            world: World = self.cluster.world
+            world.after(0.0, self.kill_daemon)
+            world.after(self.cluster.rng.uniform(0.0, RESTART_S), self._restart_daemon)
+
+    def _restart_daemon(self) -> None:
+        if self.powered:
+            self.start_daemon()
 
     def power_off(self, why: str) -> None:
         if not self.powered:
@@ -314,15 +360,14 @@ class Machine:
         if self.loop is not None and self.loop.frozen is None:
             self.cluster.say(f"{self.name}: paused")
             self.loop.frozen = []
-            self.paused_s = self.cluster.world.now_s
+            self.ran_s = self.cluster.world.now_s
 
     def resume(self) -> None:
         loop = self.loop
         if loop is not None and loop.frozen is not None:
             self.cluster.say(f"{self.name}: resumed")
             waiting, loop.frozen = loop.frozen, None
-            now = self.cluster.world.now_s
-            self.resumed_s = now if now - self.paused_s >= self.settings.timing.deadtime_s else None
+            self._runs_again()
             # What has come in and what has become due meanwhile: in no order that could be relied on.
             self.cluster.rng.shuffle(waiting)
             for callback, arguments in waiting:

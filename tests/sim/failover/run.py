@@ -11,10 +11,14 @@ from replica.errors import ReplicaError
 from replica.heartbeat import clock
 from replica.heartbeat.settings import Timing
 from tests.sim.failover.cluster import NODES, PATHS, Cluster
+from tests.sim.failover.machine import Machine, Thing
 
 FAULTS = 25
 #: Until everything must run again in peace: the listening, the window of failures, a failback.
 PEACE_S = 150.0
+#: What is well for so long stays so.
+WELL_S = 20.0
+STEP_S = 5.0
 
 
 class Outcome(NamedTuple):
@@ -30,6 +34,9 @@ class Chaos:
     def __init__(self, cluster: Cluster, rng: random.Random) -> None:
         self.cluster = cluster
         self.rng = rng
+        self.deadtime_s = cluster.timing.deadtime_s
+        #: Until the next fault, at least.
+        self.rest_s = 0.0
         self.kinds: list[Callable[[], None]] = [
             self.power_cut,
             self.boot,
@@ -44,6 +51,7 @@ class Chaos:
             self.heal,
             self.lossy,
             self.kill_daemon,
+            self.die_at_work,
             self.start_daemon,
             self.start_daemon,
             self.leave,
@@ -54,6 +62,8 @@ class Chaos:
             self.standby,
             self.takeover,
             self.fencing,
+            self.calm,
+            self.calm,
         ]
 
     def one(self) -> None:
@@ -63,10 +73,27 @@ class Chaos:
         kind()
         self.cluster.changed()
 
-    def machine(self):  # type: ignore[no-untyped-def]
+    def pass_time(self) -> None:
+        """Until the next fault."""
+        rest_s, self.rest_s = self.rest_s, 0.0
+        span_s = self.rng.choice([0.01, 0.2, 1.0, self.deadtime_s, 3 * self.deadtime_s])
+        world = self.cluster.world
+        world.run(None, world.now_s + rest_s + span_s * self.rng.random())
+
+    def calm(self) -> None:
+        """All is well, for so long that groups are back where they belong."""
+        self.cluster.fencing_fails = False
+        self.mend()
+        self.heal()
+        self.resume()
+        self.boot()
+        self.start_daemon()
+        self.rest_s = 5 * self.deadtime_s
+
+    def machine(self) -> Machine:
         return self.cluster.machines[self.rng.choice(NODES)]
 
-    def thing(self):  # type: ignore[no-untyped-def]
+    def thing(self) -> Thing:
         things = self.machine().things
         return self.rng.choice(things[self.rng.choice(sorted(things))])
 
@@ -111,6 +138,12 @@ class Chaos:
         machine.resume()
         machine.kill_daemon()
 
+    def die_at_work(self) -> None:
+        """A daemon dies in the midst of a start or stop, of which something is asked at once."""
+        machine = self.machine()
+        machine.dies_at_work = True
+        self.ask(self.cluster.machines[machine.settings.peer], "takeover")
+
     def start_daemon(self) -> None:
         for machine in self.cluster.machines.values():
             if machine.powered:
@@ -133,7 +166,10 @@ class Chaos:
             thing.set(False)
 
     def stick(self) -> None:
-        self.thing().stuck = True
+        thing = self.thing()
+        thing.stuck = True
+        if self.rng.random() < 0.5:
+            self.ask(thing.machine, "standby", "all")
 
     def mend(self) -> None:
         for machine in self.cluster.machines.values():
@@ -142,17 +178,22 @@ class Chaos:
                     thing.broken = thing.stuck = False
 
     def standby(self) -> None:
-        self._ask("standby", self.rng.choice(["all", "local", "foreign"]))
+        self.ask(self.machine(), "standby", self.rng.choice(["all", "local", "foreign"]))
 
     def takeover(self) -> None:
-        self._ask("takeover")
+        self.ask(self.machine(), "takeover")
 
     def fencing(self) -> None:
         self.cluster.fencing_fails = not self.cluster.fencing_fails
 
-    def _ask(self, verb: str, *arguments: str) -> None:
-        machine = self.machine()
-        if machine.manager is None or machine.paused:
+    def clear_failures(self) -> None:
+        for machine in self.cluster.machines.values():
+            if machine.manager is not None and machine.loop is not None:
+                self.cluster.world.enter(machine.loop, machine.manager.clear_failures)
+
+    def ask(self, machine: Machine, verb: str, *arguments: str) -> None:
+        """As an operator does; a refusal is none of our business."""
+        if machine.manager is None or machine.loop is None or machine.paused:
             return
         self.cluster.say(f"{machine.name}: {verb} {arguments}")
 
@@ -164,6 +205,43 @@ class Chaos:
                 await getattr(machine.manager, verb)(*arguments, tell)
 
         machine.loop.create_task(ask())
+
+
+def _peace(chaos: Chaos, restarted: str = "") -> str:
+    """Nothing is wrong any more, and all gets well: what does not."""
+    cluster = chaos.cluster
+    world = cluster.world
+    chaos.calm()
+    for machine in cluster.machines.values():
+        machine.dies_at_work = False
+    chaos.clear_failures()
+    cluster.changed()
+    end_s = world.now_s + PEACE_S
+    well_s = 0.0
+    cleared = False
+    while world.now_s < end_s and well_s < WELL_S and not world.halted:
+        world.run(None, world.now_s + STEP_S)
+        chaos.boot()  # of one that has fenced itself
+        chaos.start_daemon()
+        if not cleared:
+            chaos.clear_failures()  # of what was about to fail when the peace began
+            cleared = True
+        well_s = 0.0 if cluster.well(restarted) else well_s + STEP_S
+    return cluster.well(restarted)
+
+
+def _fails_back_after_restart(chaos: Chaos) -> str:
+    """What an operator places stays there, until the preferred node is started anew."""
+    cluster = chaos.cluster
+    machine = chaos.machine()
+    chaos.ask(machine, "standby", "local")
+    problem = _peace(chaos)
+    if not problem:
+        cluster.say("REBOOT")
+        machine.power_off("reboot")
+        cluster.world.run(None, cluster.world.now_s + STEP_S)
+        problem = _peace(chaos, machine.name)
+    return problem
 
 
 def run(seed: int) -> Outcome:
@@ -187,26 +265,16 @@ def run(seed: int) -> Outcome:
         chaos = Chaos(cluster, rng)
         faults = 0
         while faults < FAULTS and not world.halted:
-            world.run(None, world.now_s + rng.choice([0.01, 0.2, 1.0, deadtime_s, 3 * deadtime_s]) * rng.random())
+            chaos.pass_time()
             chaos.one()
             faults += 1
-        if not world.halted:
-            cluster.say("PEACE")
-            cluster.fencing_fails = False
-            chaos.mend()
-            chaos.heal()
-            chaos.resume()
-            chaos.boot()
-            chaos.start_daemon()
-            for machine in cluster.machines.values():
-                world.enter(machine.loop, machine.manager.clear_failures)
-            cluster.changed()
-            end_s = world.now_s + PEACE_S
-            while world.now_s < end_s and not world.halted:
-                world.run(None, min(end_s, world.now_s + 5.0))
-                chaos.boot()  # of one that has fenced itself
-                chaos.start_daemon()
-    problem = "; ".join(cluster.broken_rules or world.complaints) or cluster.well()
+        cluster.say("PEACE")
+        problem = _peace(chaos)
+        if not problem and cluster.auto_failback and rng.random() < 0.3:
+            problem = _fails_back_after_restart(chaos)
+        if world.steps > world.most_steps:
+            cluster.break_rule("there is no end of it")
+        problem = "; ".join(cluster.broken_rules or world.complaints) or problem
     if problem:
         for machine in cluster.machines.values():
             if machine.manager is not None:
