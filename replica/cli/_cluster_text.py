@@ -36,9 +36,9 @@ def _group_lines(group: dict[str, Any], node: str) -> list[str]:
         problem = f": {resource['problem']}" if resource.get("problem") else ""
         lines.append(f"    {resource['name']}: {resource['status']}{problem}")
     # A group can run where nothing is said against it.
-    for node, why in (group.get("ready") or {}).items():
-        if why and why != "yes" and node != group["holder"]:
-            lines.append(f"    not ready on {node}: {why}")
+    for where, why in (group.get("ready") or {}).items():
+        if why and why != "yes" and where != group["holder"]:
+            lines.append(f"    not ready on {where}: {why}")
     return lines
 
 
