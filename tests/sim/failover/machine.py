@@ -355,6 +355,7 @@ class Machine:
         for things in self.things.values():
             for thing in things:
                 thing.up = False
+        self.cluster.check()
 
     def pause(self) -> None:
         if self.loop is not None and self.loop.frozen is None:
