@@ -19,15 +19,17 @@ VM_PACKAGES := qemu-system-x86 mmdebstrap busybox-static cpio e2fsprogs
 VM_DIR := $(or $(REPLICA_VM_DIR),build/vm)
 VM_IMAGE := $(VM_DIR)/root.ext4
 
-# tests/vm takes minutes of emulation: it has a target of its own.
-TEST_DIRS := $(wildcard tests/unit tests/interop tests/cluster tests/fuzz tests/sim tests/hosts)
+# tests/vm takes minutes of emulation, most of tests/hosts minutes of waiting: they have targets of their own.
+TEST_DIRS := $(wildcard tests/unit tests/interop tests/cluster tests/fuzz tests/sim tests/hosts/test_lab.py \
+                        tests/hosts/test_data.py)
+HOST_TESTS := tests/hosts/test_failover.py tests/hosts/test_stories.py
 BENCH_COLUMNS := min,median,mean,stddev,ops,rounds,iterations
 
 SEEDS ?= 1000
 START ?= 1
 JOBS ?= 0
 
-.PHONY: help venv setup demo test lint format bench bench-failover test-cluster tutorial soak database power-cuts hosts-setup vm-setup vm-image sim sim-canaries fuzz clients test-vm clean
+.PHONY: help venv setup demo test lint format bench bench-failover test-hosts test-cluster tutorial soak database power-cuts hosts-setup vm-setup vm-image sim sim-canaries fuzz clients test-vm clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
@@ -97,6 +99,9 @@ bench-failover: ROUNDS ?= 3
 bench-failover: hosts-setup ## failover beside Debian's heartbeat, ROUNDS=3 times (as root); writes docs/failover.md
 	@tests/hosts/install-programs heartbeat
 	$(BIN)/python -m bench.failover --rounds $(ROUNDS) --write-docs
+
+test-hosts: hosts-setup ## the scenarios of failover on hosts of namespaces (as root)
+	$(BIN)/python -m pytest $(HOST_TESTS) $(PYTEST_ARGS)
 
 test-cluster: hosts-setup ## every scenario of failover on hosts of namespaces, at length (as root)
 	REPLICA_ALL_SCENARIOS=1 $(BIN)/python -m pytest tests/hosts --timeout=0 $(PYTEST_ARGS)
