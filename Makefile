@@ -20,9 +20,8 @@ VM_DIR := $(or $(REPLICA_VM_DIR),build/vm)
 VM_IMAGE := $(VM_DIR)/root.ext4
 
 # tests/vm takes minutes of emulation, most of tests/hosts minutes of waiting: they have targets of their own.
-TEST_DIRS := $(wildcard tests/unit tests/interop tests/cluster tests/fuzz tests/sim tests/hosts/test_lab.py \
-                        tests/hosts/test_data.py)
-HOST_TESTS := tests/hosts/test_failover.py tests/hosts/test_stories.py
+TEST_DIRS := $(wildcard tests/unit tests/interop tests/cluster tests/fuzz tests/sim tests/hosts/test_lab.py)
+HOST_TESTS := tests/hosts/test_failover.py tests/hosts/test_data.py tests/hosts/test_stories.py
 BENCH_COLUMNS := min,median,mean,stddev,ops,rounds,iterations
 
 SEEDS ?= 1000
