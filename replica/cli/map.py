@@ -14,6 +14,7 @@ from replica.cli._common import Command, load
 from replica.cli._kernel_device import ask_all, device_text
 from replica.cli._wait import positive_seconds
 from replica.config import Config
+from replica.detached import last_sentence, start_detached
 from replica.errors import ReplicaError
 from replica.kernel_device.agent import add_options
 
@@ -55,7 +56,6 @@ def _start(args: argparse.Namespace, config: Config, name: str) -> "subprocess.P
     if os.geteuid() != 0:
         raise ReplicaError("attaching kernel devices takes root: run this as root")
     log = _log_path(config, name)
-    log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     command = [sys.executable, "-m", "replica.kernel_device.agent", name, *([args.device] if args.device else [])]
     command += ["--config", str(config.path), *(["--node", config.node.name] if config.is_member else [])]
     command += ["--connections", str(args.connections), *(["--adopt"] if args.adopt else [])]
@@ -64,17 +64,7 @@ def _start(args: argparse.Namespace, config: Config, name: str) -> "subprocess.P
     command += ["--type", args.type] if args.type else []
     for option, path in (("--tls-ca", args.tls_ca), ("--tls-cert", args.tls_cert), ("--tls-key", args.tls_key)):
         command += [option, os.path.abspath(path)] if path else []
-    environment = {key: value for key, value in os.environ.items() if key != "NOTIFY_SOCKET"}
-    with log.open("wb") as output:
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-            env=environment,
-            cwd="/",
-        )
+    return start_detached(command, log, mode="wb", without=("NOTIFY_SOCKET",))
 
 
 def _wait_ready(agent: "subprocess.Popen[bytes]", socket: Path, name: str, timeout_s: float | None) -> str:
@@ -104,7 +94,9 @@ def _wait_ready(agent: "subprocess.Popen[bytes]", socket: Path, name: str, timeo
                 agent.wait()
     finally:
         os.close(agent_end)
-    raise ReplicaError(_last_sentence(socket.with_suffix(".log")) or f"replicad-map {name} ended: see its log")
+    raise ReplicaError(
+        last_sentence(socket.with_suffix(".log"), "replicad-map") or f"replicad-map {name} ended: see its log"
+    )
 
 
 def _too_late(
@@ -118,13 +110,6 @@ def _too_late(
 
 def _log_path(config: Config, name: str) -> Path:
     return config.map_run_dir / f"{name}.log"
-
-
-def _last_sentence(log: Path) -> str:
-    for line in reversed(log.read_text(errors="replace").splitlines()):
-        if line.startswith("replicad-map: "):
-            return line.removeprefix("replicad-map: ")
-    return ""
 
 
 COMMAND = Command("attach a resource as a kernel device (/dev/nbdN) here, and keep it attached", _run, _add_arguments)

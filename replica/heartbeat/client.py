@@ -20,14 +20,13 @@ def ask(
     """The daemon's answer, as of `replica.control.call`; NotRunning says how to start it."""
     try:
         return control.call(settings.control_socket, verb, args, on_event, timeout_s)
+    except control.WentAway:
+        raise
     except control.NotRunning:
         raise control.NotRunning(
             f"replica-heartbeat is not running on {settings.node} (nobody serves {settings.control_socket}): "
             "start it with `systemctl start replica-heartbeat` or `replica-heartbeat`"
         ) from None
-    except control.ControlTimeout:
-        waited = f"has not answered {verb} within {timeout_s:g} s"
-        raise control.ControlTimeout(f"replica-heartbeat {waited}: it may still do it") from None
 
 
 def status(settings: HeartbeatSettings) -> dict[str, Any]:

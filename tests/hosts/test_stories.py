@@ -79,7 +79,7 @@ def begin(new_lab: Callable[..., Lab]) -> Iterator[Callable[..., Story]]:
         yield make
 
 
-# ── what `make test` runs ────────────────────────────────────────────────────────────────────────────────────────
+# ── what `make test-hosts` runs ──────────────────────────────────────────────────────────────────────────────────
 
 
 def test_switched_over_then_a_power_cut_and_the_way_back(begin: Callable[..., Story]) -> None:

@@ -4,7 +4,6 @@ It runs on both nodes, whichever of them holds the group: a Secondary gets every
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
@@ -20,6 +19,7 @@ from typing import Any, Final
 from replica import control_client, programs
 from replica.config import DEFAULT_PATH, Config, load_config
 from replica.control import NotRunning
+from replica.detached import last_sentence, start_detached
 from replica.errors import ReplicaError
 from replica.heartbeat import clock
 from replica.heartbeat.agents.threads import in_thread
@@ -162,7 +162,8 @@ class Replicad:
         """Why the one that was started here has ended by itself."""
         if self._process is None or self._process.poll() != _COULD_NOT_START:
             return ""
-        words = await in_thread(_last_sentence, (await self._load()).node_run_dir / f"{self.name}.log")
+        output = (await self._load()).node_run_dir / f"{self.name}.log"
+        words = await in_thread(last_sentence, output, "replicad")
         return f"replicad {self.name} cannot be started: {words}" if words else ""
 
     def _tell(self, status: Status | None, problem: str = "") -> None:
@@ -208,24 +209,5 @@ def _start_process(
     """Start it in a session of its own, so that it outlives this program."""
     if old is not None:
         old.poll()  # so that nothing is left of it
-    output.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     command = [sys.executable, "-m", "replica.daemon", name, "--config", str(config.path), "--node", config.node.name]
-    environment = {key: value for key, value in os.environ.items() if key not in ("NOTIFY_SOCKET", "JOURNAL_STREAM")}
-    with output.open("ab") as file:
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=file,
-            start_new_session=True,
-            env=environment,
-            cwd="/",
-        )
-
-
-def _last_sentence(output: Path) -> str:
-    with contextlib.suppress(OSError):
-        for line in reversed(output.read_text(errors="replace").splitlines()):
-            if line.startswith("replicad: "):
-                return line.removeprefix("replicad: ")
-    return ""
+    return start_detached(command, output, mode="ab", without=("NOTIFY_SOCKET", "JOURNAL_STREAM"))
