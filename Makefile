@@ -24,6 +24,10 @@ TEST_DIRS := $(wildcard tests/unit tests/interop tests/cluster tests/fuzz tests/
 HOST_TESTS := tests/hosts/test_failover.py tests/hosts/test_data.py tests/hosts/test_stories.py
 BENCH_COLUMNS := min,median,mean,stddev,ops,rounds,iterations
 
+# `make test` and `make test-vm` run so many files of tests at a time (1: none beside another).
+TEST_JOBS ?= 2
+AT_A_TIME = --numprocesses=$(TEST_JOBS) --dist=loadfile
+
 SEEDS ?= 1000
 START ?= 1
 JOBS ?= 0
@@ -79,7 +83,7 @@ demo: venv ## two nodes on this machine: replicate, kill one, see the data again
 	@$(BIN)/python -m replica.demo
 
 test: hosts-setup ## all tests (PYTEST_ARGS= is passed on)
-	$(BIN)/python -m pytest $(TEST_DIRS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(AT_A_TIME) $(TEST_DIRS) $(PYTEST_ARGS)
 
 lint: venv ## ruff (rules and format) and mypy --strict
 	$(BIN)/ruff check .
@@ -119,7 +123,7 @@ power-cuts: setup vm-image ## nodes in virtual machines lose power, ROUNDS=6 tim
 	  tests/vm/test_power_cut.py $(PYTEST_ARGS)
 
 test-vm: setup vm-image ## the kernel's NBD client on a stock kernel: nbd-client, map, failovers (REPLICA_SEED= replays)
-	REPLICA_VM_DIR=$(VM_DIR) $(BIN)/python -m pytest -s tests/vm/test_kernel_device.py \
+	REPLICA_VM_DIR=$(VM_DIR) $(BIN)/python -m pytest -s $(AT_A_TIME) tests/vm/test_kernel_device.py \
 	  tests/vm/test_third_machine.py $(PYTEST_ARGS)
 
 vm-image: vm-setup $(VM_IMAGE) # as root; cached in build/vm or $REPLICA_VM_DIR

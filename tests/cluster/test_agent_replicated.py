@@ -231,17 +231,47 @@ def test_one_that_hangs_is_killed(libnbd: Any, pair: Cluster, monkeypatch: pytes
         async with agents(pair.node1) as (one,):
             assert await one.agent.active()
             pair.node1.freeze()
-            with pytest.raises(AgentError, match="hangs"):
-                await one.agent.monitor()
             assert await one.agent.active(), "it may be Primary"
-            stopping = asyncio.create_task(one.agent.stop())
-            await asyncio.to_thread(process.wait, PATIENCE_S)
-            pair.node1.process = None
-            await stopping
+            await _while_it_ends(pair.node1, one.agent.stop())
 
     run(work())
     pair.node2.wait_alone()
     gone(process.pid)
+
+
+def test_one_that_hangs_is_ended_and_promoted_again(
+    libnbd: Any, pair: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("replica.heartbeat.agents.replicad.ANSWER_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(replicated, "ANSWER_TIMEOUT_S", 0.5)
+
+    async def work() -> None:
+        async with agents(pair.node1) as (one,):
+            await one.agent.start(IN_ORDER)
+            one.agent.hold(clock.now() + 600)
+            pair.node1.write(0, b"1" * MIB)
+            hung = pid_of(pair.node1)
+            pair.node1.freeze()
+            await _while_it_ends(pair.node1, one.agent.monitor())
+            assert pid_of(pair.node1) not in (None, hung)
+            assert pair.node1.read(0, MIB) == b"1" * MIB
+            one.agent.let_go()
+            pid = pid_of(pair.node1)
+            assert pid is not None
+            os.kill(pid, signal.SIGSTOP)
+            with pytest.raises(AgentError, match=r"hung for 0\.5 s, and was killed"):
+                await one.agent.monitor()
+
+    run(work())
+
+
+async def _while_it_ends(node: Node, work: Coroutine[Any, Any, None]) -> None:
+    """Its process is this test's child: it is gone when the test has waited for it."""
+    task = asyncio.create_task(work)
+    assert node.process is not None
+    await asyncio.to_thread(node.process.wait, PATIENCE_S)
+    node.process = None
+    await task
 
 
 def test_what_cannot_be_started_says_why(cluster: Cluster) -> None:

@@ -291,6 +291,16 @@ def test_an_operator_switches_the_node_that_serves_off(begin: Callable[..., Stor
 
 
 @at_length
+def test_a_replicad_that_hangs_is_ended_and_serves_again(begin: Callable[..., Story]) -> None:
+    story = begin()
+    assert story.node1.signal(signal.SIGSTOP, f"{Host.interpreter} -m replica.daemon")
+    story.site.probe.watch(_WHILE_S)
+    story.accepts(story.node1)
+    assert story.fence.asked == []
+    story.site.finish(story.node1)
+
+
+@at_length
 def test_a_cluster_manager_that_is_stopped_by_a_debugger_loses_its_group(begin: Callable[..., Story]) -> None:
     story = begin()
     since = now()

@@ -144,13 +144,15 @@ class ReplicatedAgent:
     async def monitor(self) -> None:
         """A replicad that has ended, and was started again as Secondary, is promoted again from here: what stands on
         it (a kernel device, a file system) sees a pause. Were the group to stop that first, it would wait for a server.
+        For the same reason one that hangs is ended here.
         """
         try:
             problem = trouble(await self._replicad.ask_status())
         except NotRunning:
             problem = ENDED
         except TimeoutError:
-            raise AgentError(f"does not answer: replicad {self._name} hangs for {ANSWER_TIMEOUT_S:g} s") from None
+            problem = f"is not served: its replicad hung for {ANSWER_TIMEOUT_S:g} s, and was killed"
+            await self._replicad.kill()
         except ReplicaError as error:  # it is about to end, say
             problem = f"is not served: {error}"
         if not problem:
