@@ -21,6 +21,9 @@ def fence(settings: HeartbeatSettings, node: str, *, done: bool) -> str:
     known_node(settings, node)
     try:
         return str(control.call(settings.control_socket, "fence", {"node": node, "done": done}))
+    except control.WentAway as error:
+        # It may have fenced the node, which may be up again by now: not a second time without being asked.
+        raise ReplicaError(f"{error}; `replicactl fence-test {node}` tells whether {node} is off") from None
     except control.NotRunning:
         if done:
             raise ReplicaError(

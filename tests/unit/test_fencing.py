@@ -117,7 +117,7 @@ def test_a_node_that_does_not_come_back_is_fenced_all_the_same(bench: Bench, cap
 def test_an_agent_that_says_off_while_its_status_does_not_has_failed(bench: Bench, ends: int) -> None:
     async def test() -> None:
         bench.set("status.ends", ends)
-        fenced = await bench.fencer(timeout_s=1.0).fence("node2", why="")
+        fenced = await bench.fencer(timeout_s=3.0).fence("node2", why="")
         assert not fenced.ok
         said = "says that it is still on" if ends == 0 else f"does not confirm: returned {ends}"
         assert f"fence_scripted off ended well, but status {said}" in fenced.sentence
@@ -533,6 +533,22 @@ def test_fence_without_the_daemon(bench: Bench) -> None:
         fence(settings, "node3", done=False)
     with pytest.raises(ReplicaError, match="replica-heartbeat does not run on node1"):
         fence(settings, "node2", done=True)
+
+
+def test_a_daemon_that_ends_while_it_fences_is_not_repeated(bench: Bench, short_dir: Path) -> None:
+    settings = bench.settings(bench.device(), run_dir=short_dir)
+
+    async def end(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    async def test() -> None:
+        settings.control_socket.parent.mkdir(parents=True, exist_ok=True)
+        async with await asyncio.start_unix_server(end, settings.control_socket):
+            with pytest.raises(ReplicaError, match=r"went away.*`replicactl fence-test node2` tells"):
+                await asyncio.to_thread(fence, settings, "node2", done=False)
+
+    asyncio.run(test())
+    assert bench.calls == []
 
 
 def test_fence_test_without_the_daemon(bench: Bench) -> None:
