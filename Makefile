@@ -19,9 +19,9 @@ VM_PACKAGES := qemu-system-x86 mmdebstrap busybox-static cpio e2fsprogs
 VM_DIR := $(or $(REPLICA_VM_DIR),build/vm)
 VM_IMAGE := $(VM_DIR)/root.ext4
 
-# tests/vm takes minutes of emulation, most of tests/hosts minutes of waiting: they have targets of their own.
+# tests/vm takes minutes of emulation, tests/hosts minutes of waiting: they have targets of their own.
 TEST_DIRS := $(wildcard tests/unit tests/interop tests/cluster tests/fuzz tests/sim tests/hosts/test_lab.py)
-HOST_TESTS := tests/hosts/test_failover.py tests/hosts/test_data.py tests/hosts/test_stories.py
+HOST_TESTS := $(filter-out tests/hosts/test_lab.py,$(wildcard tests/hosts/test_*.py))
 BENCH_COLUMNS := min,median,mean,stddev,ops,rounds,iterations
 
 # `make test` and `make test-vm` run so many files of tests at a time (1: none beside another).
@@ -103,11 +103,11 @@ bench-failover: hosts-setup ## failover beside Debian's heartbeat, ROUNDS=3 time
 	@tests/hosts/install-programs heartbeat
 	$(BIN)/python -m bench.failover --rounds $(ROUNDS) --write-docs
 
-test-hosts: hosts-setup ## the scenarios of failover on hosts of namespaces (as root)
+test-hosts: hosts-setup ## failover and the tutorial on hosts of namespaces (as root)
 	$(BIN)/python -m pytest $(HOST_TESTS) $(PYTEST_ARGS)
 
-test-cluster: hosts-setup ## every scenario of failover on hosts of namespaces, at length (as root)
-	REPLICA_ALL_SCENARIOS=1 $(BIN)/python -m pytest tests/hosts --timeout=0 $(PYTEST_ARGS)
+test-cluster: hosts-setup ## the same with ten minutes of losses and busy processors (as root)
+	REPLICA_LOSSES_S=600 $(BIN)/python -m pytest tests/hosts --timeout=0 $(PYTEST_ARGS)
 
 soak: ROUNDS ?= 60
 soak: setup ## the kill loop alone, ROUNDS=60 rounds (REPLICA_SEED= replays)

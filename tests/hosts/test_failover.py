@@ -17,8 +17,6 @@ from tests.hosts.switch import some
 
 pytestmark = pytest.mark.root
 
-#: Set by make test-cluster: everything, at length.
-_ALL = bool(os.environ.get("REPLICA_ALL_SCENARIOS"))
 _TUTORIAL = ROOT / "tests/unit/ha.d"
 _DEADTIME_S = 1.0
 _QUIET_S = 1.0
@@ -39,8 +37,6 @@ def run(new_lab: Callable[..., Lab]) -> Play:
     """``run(scenario, second_network=…)``: the phases of a scenario, none of which had two holders."""
 
     def run(scenario: Scenario, second_network: bool = False) -> list[Phase]:
-        if scenario.web and not _ALL:
-            pytest.skip("it takes long: make test-cluster has it")
         if missing := scenario.missing():
             pytest.skip(missing)
         lab = new_lab(second_network=second_network)
@@ -132,15 +128,15 @@ def _disk_full(cluster: Cluster) -> Iterator[Phase]:
     yield cluster.phase("power cut", cluster.node2.power_cut, cluster.node1)
 
 
-_FLAPS = 40 if _ALL else 3
+_FLAPS = 40
 
 
 def _losing(cluster: Cluster) -> Iterator[Phase]:
-    """A third of all heartbeats is lost on one of two paths; at length, also while all processors are busy."""
+    """A third of all heartbeats is lost on one of two paths, while all processors are busy."""
     yield cluster.phase("start", cluster.start, cluster.node1)
 
     def lose() -> None:
-        for number in range((os.cpu_count() or 1) if _ALL else 0):
+        for number in range(os.cpu_count() or 1):
             cluster.lab.nodes[number % 2].spawn("busy", "sh", "-c", "while :; do :; done")
         for node in cluster.lab.nodes:
             cluster.lab.cut(node, cluster.lab.peer(node), f"{HEARTBEAT_PORT} {some(30)}")
@@ -148,7 +144,8 @@ def _losing(cluster: Cluster) -> Iterator[Phase]:
     yield cluster.phase("losses", lose, at_most_s=_LOSSES_S)
 
 
-_LOSSES_S = 600.0 if _ALL else 5.0
+#: `make test-cluster` sets ten minutes.
+_LOSSES_S = float(os.environ.get("REPLICA_LOSSES_S", "30"))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ goes on storing documents all the time. Of each story: the right node serves at 
 accepted is lost. No times.
 """
 
-import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -24,10 +23,6 @@ from tests.hosts.site import FOLDER, Site, toml
 
 pytestmark = pytest.mark.root
 
-#: The others run where `make test-cluster` asks for all of them.
-at_length = pytest.mark.skipif(
-    not os.environ.get("REPLICA_ALL_SCENARIOS"), reason="takes long: `make test-cluster` runs it"
-)
 #: So long is looked for what must not happen: twice the deadtime.
 _WHILE_S = 3.0
 
@@ -79,9 +74,6 @@ def begin(new_lab: Callable[..., Lab]) -> Iterator[Callable[..., Story]]:
         yield make
 
 
-# ── what `make test-hosts` runs ──────────────────────────────────────────────────────────────────────────────────
-
-
 def test_switched_over_then_a_power_cut_and_the_way_back(begin: Callable[..., Story]) -> None:
     story = begin(resource='resync-rate = "2M"')
     node1, node2 = story.node1, story.node2
@@ -107,7 +99,6 @@ def test_switched_over_then_a_power_cut_and_the_way_back(begin: Callable[..., St
     story.site.finish(node1)
 
 
-@at_length
 def test_a_frozen_node_is_fenced_before_the_other_one_writes(begin: Callable[..., Story]) -> None:
     story = begin(fencing="reboot", heartbeat="failback-delay = 4")
     node1, node2 = story.node1, story.node2
@@ -120,7 +111,6 @@ def test_a_frozen_node_is_fenced_before_the_other_one_writes(begin: Callable[...
     story.site.finish(node1)
 
 
-@at_length
 def test_without_a_verdict_on_the_other_node_nothing_is_promoted(begin: Callable[..., Story]) -> None:
     story = begin()
     node1, node2 = story.node1, story.node2
@@ -165,10 +155,6 @@ def test_what_dies_on_a_node_is_mended_there(begin: Callable[..., Story]) -> Non
     story.site.finish(node1)
 
 
-# ── what `make test-cluster` runs ────────────────────────────────────────────────────────────────────────────────
-
-
-@at_length
 def test_a_daemon_that_stops_in_order_hands_over(begin: Callable[..., Story]) -> None:
     story = begin(heartbeat="auto-failback = false")
     story.site.stop(story.node1)
@@ -182,7 +168,6 @@ def test_a_daemon_that_stops_in_order_hands_over(begin: Callable[..., Story]) ->
     story.site.finish(story.node1)
 
 
-@at_length
 @pytest.mark.parametrize("fencing", ["off", "reboot"])
 def test_without_failback_a_returning_node_gets_nothing(begin: Callable[..., Story], fencing: str) -> None:
     story = begin(heartbeat="auto-failback = false", fencing=fencing)
@@ -196,7 +181,6 @@ def test_without_failback_a_returning_node_gets_nothing(begin: Callable[..., Sto
     story.site.finish(story.node2)
 
 
-@at_length
 def test_a_node_that_is_frozen_for_less_than_the_deadtime_goes_on(begin: Callable[..., Story]) -> None:
     story = begin(heartbeat="deadtime = 6")
     story.node1.freeze()
@@ -207,7 +191,6 @@ def test_a_node_that_is_frozen_for_less_than_the_deadtime_goes_on(begin: Callabl
     story.site.finish(story.node1)
 
 
-@at_length
 def test_the_clients_network_fails_on_the_node_that_serves(begin: Callable[..., Story]) -> None:
     story = begin(second_network=True)
     story.node1.pull("eth0")
@@ -217,7 +200,6 @@ def test_the_clients_network_fails_on_the_node_that_serves(begin: Callable[..., 
     story.site.finish(None)  # the address has failed on node1: where it is then depends on when
 
 
-@at_length
 def test_the_network_between_the_nodes_fails(begin: Callable[..., Story]) -> None:
     story = begin(second_network=True)
     story.node1.pull("eth1")
@@ -227,7 +209,6 @@ def test_the_network_between_the_nodes_fails(begin: Callable[..., Story]) -> Non
     story.site.finish(story.node1)
 
 
-@at_length
 def test_both_nodes_lose_their_power(begin: Callable[..., Story]) -> None:
     story = begin()
     for node in story.lab.nodes:
@@ -238,7 +219,6 @@ def test_both_nodes_lose_their_power(begin: Callable[..., Story]) -> None:
     story.site.finish(story.node1)
 
 
-@at_length
 def test_without_fencing_nothing_is_promoted(begin: Callable[..., Story]) -> None:
     story = begin(fencing="")
     story.node1.power_cut()
@@ -248,7 +228,6 @@ def test_without_fencing_nothing_is_promoted(begin: Callable[..., Story]) -> Non
     story.site.finish(story.node1)
 
 
-@at_length
 def test_without_fencing_it_comes_back_where_it_was(begin: Callable[..., Story]) -> None:
     story = begin(fencing="")
     story.node1.power_cut()
@@ -259,7 +238,6 @@ def test_without_fencing_it_comes_back_where_it_was(begin: Callable[..., Story])
     story.site.finish(story.node1)
 
 
-@at_length
 def test_promote_without_fencing_is_done_and_pointed_out(begin: Callable[..., Story]) -> None:
     story = begin(fencing="", heartbeat="promote-without-fencing = true")
     for node in story.lab.nodes:
@@ -269,7 +247,6 @@ def test_promote_without_fencing_is_done_and_pointed_out(begin: Callable[..., St
     story.site.finish(story.node1)
 
 
-@at_length
 def test_the_secondary_dies_and_returns(begin: Callable[..., Story]) -> None:
     story = begin()
     story.node2.power_cut()
@@ -281,7 +258,6 @@ def test_the_secondary_dies_and_returns(begin: Callable[..., Story]) -> None:
     story.site.finish(story.node2)
 
 
-@at_length
 def test_an_operator_switches_the_node_that_serves_off(begin: Callable[..., Story]) -> None:
     story = begin()
     story.site.ctl(story.node2, "fence", "node1")
@@ -290,7 +266,6 @@ def test_an_operator_switches_the_node_that_serves_off(begin: Callable[..., Stor
     story.site.finish(story.node1)
 
 
-@at_length
 def test_a_replicad_that_hangs_is_ended_and_serves_again(begin: Callable[..., Story]) -> None:
     story = begin()
     assert story.node1.signal(signal.SIGSTOP, f"{Host.interpreter} -m replica.daemon")
@@ -300,7 +275,6 @@ def test_a_replicad_that_hangs_is_ended_and_serves_again(begin: Callable[..., St
     story.site.finish(story.node1)
 
 
-@at_length
 def test_a_cluster_manager_that_is_stopped_by_a_debugger_loses_its_group(begin: Callable[..., Story]) -> None:
     story = begin()
     since = now()

@@ -1,6 +1,5 @@
 """``make tutorial`` as a user runs it; and docs/tutorial.md, whose commands it runs."""
 
-import os
 import re
 import subprocess
 import sys
@@ -23,9 +22,6 @@ _NOT_RUN = re.compile(
 _COMMAND = re.compile(r"^    (?:root@node[12])?# (.*?)(?:  +#.*)?$", re.MULTILINE)
 
 
-@pytest.mark.skipif(
-    not os.environ.get("REPLICA_ALL_SCENARIOS"), reason="takes two minutes: `make tutorial`, or `make test-cluster`"
-)
 @pytest.mark.timeout(240)
 def test_every_check_passes_and_the_commands_are_those_of_the_document() -> None:
     need_hosts()
