@@ -38,7 +38,7 @@ class Probe:
 
     def __init__(self, lab: Lab, http: bool = False, address: str = CLUSTER_IP) -> None:
         macs = {card.mac: node.name for node in lab.nodes for card in node.cards}
-        self.timeline = Timeline(EVERY_S, macs)
+        self._timeline = Timeline(EVERY_S, macs)
         self._changed = threading.Condition()
         self._process = lab.client.popen(
             *_isolated(_PROBER),
@@ -65,13 +65,19 @@ class Probe:
         with self._process.stdout as lines:
             for line in lines:
                 with self._changed:
-                    self.timeline.add(json.loads(line))
+                    self._timeline.add(json.loads(line))
                     self._changed.notify_all()
+
+    @property
+    def timeline(self) -> Timeline:
+        """What was seen up to now: a copy, since the probe goes on."""
+        with self._changed:
+            return self._timeline.copy()
 
     def wait(self, reached: Callable[[Timeline], bool], what: str, timeout_s: float = 60.0) -> float:
         """Until `reached`, asked after each line of the probe; when that was. LabError after a time."""
         with self._changed:
-            if not self._changed.wait_for(lambda: reached(self.timeline), timeout_s):
+            if not self._changed.wait_for(lambda: reached(self._timeline), timeout_s):
                 raise LabError(f"{what}: not within {timeout_s:g} s")
         return now()
 

@@ -193,3 +193,14 @@ def test_a_timeline_tells_outages_from_answers() -> None:
     assert len(seen.two_holders(10, 12)) == 10 and seen.two_holders_s(10, 11.5) == 0
     assert seen.blind_s(10, 12) == 0 and seen.blind_s(10, 13) == pytest.approx(1.02)
     assert seen.answers[0] == Answer(10.001, "node1") and seen.last() == "node2"
+
+
+def test_a_copy_of_a_timeline_stands_still() -> None:
+    seen = Timeline(0.02, {"02:00:00:00:00:2c": "node1", "02:00:00:00:00:2d": "node2"})
+    lines = (["tick", 1.0], ["holder", 1.0, "02:00:00:00:00:2c"], ["answer", 1.1, "node1"], ["http", 1.2, "page"])
+    for line in lines:
+        seen.add(line)
+    copy, before = seen.copy(), repr(seen)
+    for line in (*lines, ["holder", 1.0, "02:00:00:00:00:2d"], ["holder", 2.0, "02:00:00:00:00:2d"]):
+        seen.add(line)
+    assert repr(copy) == before != repr(seen)

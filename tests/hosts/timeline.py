@@ -3,7 +3,7 @@
 import bisect
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple
 
 #: So many questions may be under way.
@@ -55,6 +55,13 @@ class Timeline:
                 self.pages.append(Answer(received, page))
             case _:
                 raise ValueError(f"the prober says {line}")
+
+    def copy(self) -> "Timeline":
+        """As it is now; it does not grow."""
+        holders = {asked: set(who) for asked, who in self.holders.items()}
+        return replace(
+            self, ticks=self.ticks.copy(), answers=self.answers.copy(), pages=self.pages.copy(), holders=holders
+        )
 
     # ── looking back ─────────────────────────────────────────────────────────────────────────────────────────
 

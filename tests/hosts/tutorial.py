@@ -127,11 +127,10 @@ class Tutorial:
 
     def _moves(self, what: str, do: Callable[[], object], node: Host) -> None:
         """Do something, after which the client sees the page of this node."""
-        seen = self._probe.timeline
-        before, since = seen.last(pages=True), now()
+        before, since = self._probe.timeline.last(pages=True), now()
         do()
         self._sees(node.name, since)
-        outage_s = seen.outage_s(since, now(), pages=True)
+        outage_s = self._probe.timeline.outage_s(since, now(), pages=True)
         self.screen.tick(f"{what}: the client saw {before}, then for {outage_s:.1f} s nothing, and now {node.name}")
 
     # ── the address alone ────────────────────────────────────────────────────────────────────────────────────────
