@@ -28,7 +28,7 @@ SEEDS ?= 1000
 START ?= 1
 JOBS ?= 0
 
-.PHONY: help venv setup demo test lint format bench bench-peers bench-compare bench-switchover bench-failover test-hosts test-cluster tutorial soak database power-cuts hosts-setup vm-setup vm-image sim sim-canaries fuzz clients test-vm clean
+.PHONY: help venv setup demo test lint format bench bench-peers bench-compare bench-switchover bench-strain bench-steps bench-failover test-hosts test-cluster tutorial soak database power-cuts hosts-setup vm-setup vm-image sim sim-canaries fuzz clients test-vm clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
@@ -106,6 +106,12 @@ bench-compare: setup ## this revision beside BASE=commit, ROUNDS=8 times
 bench-switchover: RUNS ?= 50
 bench-switchover: setup ## pauses of a client when the Primary changes, RUNS=50 times; writes docs/benchmarks.md
 	$(BIN)/python -m bench.switchover --runs $(RUNS) --write-docs
+
+bench-strain: setup ## a large volume, many clients and resources, slow disks (as root); writes docs/benchmarks.md
+	$(BIN)/python -m bench.strain --write-docs
+
+bench-steps: setup ## where the time of a write goes: steps, system calls, functions; writes docs/benchmarks.md
+	$(BIN)/python -m bench.steps --write-docs
 
 bench-failover: ROUNDS ?= 3
 bench-failover: hosts-setup ## failover beside Debian's heartbeat, ROUNDS=3 times (as root); writes docs/failover.md

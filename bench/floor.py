@@ -2,6 +2,7 @@
 
     python -m bench.floor --image FILE --port P                  # the Secondary
     python -m bench.floor --image FILE --port P --serve PATH     # the Primary, for clients on a Unix socket
+    python -m bench.floor --image FILE --steps write --serve PATH    # less than that: see `Steps`
 
 The Primary takes requests apart, sends them on as they are, writes, and answers when the Secondary says that it has
 written as well. Both act on all that a receive brought at once, as Replica does. What Replica does besides is missing:
@@ -11,6 +12,7 @@ Nobody should use this for data: a second client at the same time, or a lost lin
 
 import argparse
 import asyncio
+import enum
 import os
 from collections import deque
 from collections.abc import Sequence
@@ -33,11 +35,20 @@ _BUFFER_BYTES: Final = 512 << 10
 _WHOLE_BYTES: Final = 128 << 10
 
 
+class Steps(enum.StrEnum):
+    """What is done with a write before it is answered; the difference of two is what the step costs."""
+
+    RECEIVE = "receive"  # nothing
+    WRITE = "write"  # it is written here
+    SEND = "send"  # it is written here and by the Secondary
+
+
 class Requests(asyncio.BufferedProtocol):
     """Receives requests and carries out the changes: what both ends have in common."""
 
-    def __init__(self, image: int) -> None:
+    def __init__(self, image: int, steps: Steps = Steps.SEND) -> None:
         self._image = image
+        self._writes = steps is not Steps.RECEIVE
         self._view = memoryview(bytearray(_BUFFER_BYTES))
         self._start = self._end = 0
         #: Of a large write: where its next piece goes, how much is to come, its cookie.
@@ -106,18 +117,19 @@ class Requests(asyncio.BufferedProtocol):
         received, self._start = view[self._start : position], position
         if pieces or done or self._missing:
             self.send_on(received, done)
-        for offset, piece in pieces:
-            os.pwrite(self._image, piece, offset)
+        if self._writes:
+            for offset, piece in pieces:
+                os.pwrite(self._image, piece, offset)
         if is_flush:
             os.fdatasync(self._image)
         if done:
-            self.changed(len(done))
+            self.changed(done)
 
     def send_on(self, received: memoryview, cookies: Sequence[bytes]) -> None:
         """Before the changes are carried out here: they may begin at the other end, which skips reads among them."""
 
-    def changed(self, count: int) -> None:
-        """So many changes have been carried out here."""
+    def changed(self, cookies: list[bytes]) -> None:
+        """These changes have been carried out here."""
 
     def read(self, cookie: bytes, offset: int, length: int) -> None:
         """Answer a read."""
@@ -128,23 +140,24 @@ class Secondary(Requests):
 
     _applied = 0
 
-    def changed(self, count: int) -> None:
-        self._applied += count
+    def changed(self, cookies: list[bytes]) -> None:
+        self._applied += len(cookies)
         self._transport.write(_APPLIED.pack(self._applied))
 
 
 class Primary(Requests):
     """One client's connection."""
 
-    def __init__(self, image: int, link: "Link") -> None:
-        super().__init__(image)
+    def __init__(self, image: int, steps: Steps, link: "Link | None") -> None:
+        super().__init__(image, steps)
         self._link = link
         self._flags_due = _CLIENT_FLAGS_BYTES
         self._is_open = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self._link.client = self
+        if self._link is not None:
+            self._link.client = self
         self._transport.write(_GREETING)
 
     def take(self) -> None:
@@ -154,10 +167,15 @@ class Primary(Requests):
             super().take()
 
     def send_on(self, received: memoryview, cookies: Sequence[bytes]) -> None:
-        self._link.unanswered += cookies
-        self._link.transport.write(received)
-        if self._link.transport.get_write_buffer_size():
-            self._renew()
+        if self._link is not None:
+            self._link.unanswered += cookies
+            self._link.transport.write(received)
+            if self._link.transport.get_write_buffer_size():
+                self._renew()
+
+    def changed(self, cookies: list[bytes]) -> None:
+        if self._link is None:
+            self.answer(cookies)
 
     def answer(self, cookies: list[bytes]) -> None:
         """Both ends have these."""
@@ -214,15 +232,15 @@ class Link(asyncio.Protocol):
             self.client.answer([self.unanswered.popleft() for _ in range(count)])
 
 
-async def serve(image: Path, port: int, path: Path | None) -> None:
+async def serve(image: Path, port: int, path: Path | None, steps: Steps) -> None:
     """Run one end until it is killed."""
     file = os.open(image, os.O_RDWR)
     loop = asyncio.get_running_loop()
     if path is None:
         server = await loop.create_server(lambda: Secondary(file), "127.0.0.1", port)
     else:
-        _, link = await loop.create_connection(Link, "127.0.0.1", port)
-        server = await loop.create_unix_server(lambda: Primary(file, link), path)
+        link = (await loop.create_connection(Link, "127.0.0.1", port))[1] if steps is Steps.SEND else None
+        server = await loop.create_unix_server(lambda: Primary(file, steps, link), path)
     await server.serve_forever()
 
 
@@ -230,10 +248,11 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="bench.floor", description="The bound of what a pair in Python can do.")
     parser.add_argument("--image", type=Path, required=True)
-    parser.add_argument("--port", type=int, required=True, help="of the Secondary, on 127.0.0.1")
+    parser.add_argument("--port", type=int, default=0, help="of the Secondary, on 127.0.0.1")
     parser.add_argument("--serve", type=Path, help="a Unix socket for clients: this end is the Primary")
+    parser.add_argument("--steps", type=Steps, default=Steps.SEND, choices=list(Steps))
     options = parser.parse_args()
-    uvloop.run(serve(options.image, options.port, options.serve))
+    uvloop.run(serve(options.image, options.port, options.serve, options.steps))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ class Workload:
     kind: str
     length: int
     depth: int = 1
+    span_bytes: int = SPAN_BYTES
 
     @property
     def name(self) -> str:
@@ -52,10 +53,10 @@ class Seen:
     latencies: Latencies
 
 
-def offsets(length: int, seed: int = 1) -> list[int]:
+def offsets(length: int, seed: int = 1, span_bytes: int = SPAN_BYTES) -> list[int]:
     """Random multiples of ``length``; the same for every server, so that all do the same work."""
     rng = random.Random(seed)
-    return [rng.randrange(SPAN_BYTES // length) * length for _ in range(_OFFSETS)]
+    return [rng.randrange(span_bytes // length) * length for _ in range(_OFFSETS)]
 
 
 class Client:
@@ -70,7 +71,7 @@ class Client:
         self._workload = workload
         self._data = random.Random(2).randbytes(workload.length)
         self._buffers = [nbd.Buffer.from_bytearray(bytearray(self._data)) for _ in range(workload.depth)]
-        self._offsets = offsets(workload.length)
+        self._offsets = offsets(workload.length, span_bytes=workload.span_bytes)
         self._next = 0
 
     def __enter__(self) -> "Client":
@@ -161,20 +162,24 @@ def has_fio() -> bool:
     return "nbd" in engines.split()
 
 
-def fio(uri: str, workload: Workload, seconds: float) -> Seen:
-    """What fio sees; a write and a flush in one it cannot time."""
+def fio(uris: Sequence[str], workload: Workload, seconds: float, *, most_bytes: int = 0) -> Seen:
+    """What fio sees, on a connection to each of `uris`, with the workload's depth on each; a write and a flush in one
+    it cannot time. With `most_bytes` it ends when so much was written, though the time is not over.
+    """
     kind = {"write": "randwrite", "read": "randread"}[workload.kind]
     command: Sequence[str] = (
-        *("fio", "--name=bench", "--ioengine=nbd", f"--uri={uri}", f"--rw={kind}", f"--bs={workload.length}"),
-        *(f"--iodepth={workload.depth}", f"--size={SPAN_BYTES}", "--time_based", f"--runtime={round(seconds * 1e3)}ms"),
-        *("--randrepeat=1", "--norandommap", "--thread", "--output-format=json+"),
+        *("fio", "--name=global", "--ioengine=nbd", f"--rw={kind}", f"--bs={workload.length}"),
+        *(f"--iodepth={workload.depth}", f"--size={workload.span_bytes}", f"--runtime={round(seconds * 1e3)}ms"),
+        f"--io_size={most_bytes}" if most_bytes else "--time_based",
+        *("--randrepeat=1", "--norandommap", "--thread", "--group_reporting", "--output-format=json+"),
+        *(word for number, uri in enumerate(uris) for word in (f"--name=job{number}", f"--uri={uri}")),
     )
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 60, check=True)
     return read_fio(done.stdout, workload.kind)
 
 
 def read_fio(output: str, kind: str) -> Seen:
-    """Its report of one job, in the form json+ (which has the histogram of all latencies)."""
+    """Its report of one group of jobs, in the form json+ (which has the histogram of all latencies)."""
     report = json.loads(output[output.index("{") :])  # its first line is not JSON
     seen = report["jobs"][0][kind]
     return Seen(seen["total_ios"], seen["iops"], Latencies.from_bins(seen["clat_ns"]["bins"]))
@@ -183,6 +188,6 @@ def read_fio(output: str, kind: str) -> Seen:
 def watch(uri: str, workload: Workload, seconds: float) -> Seen:
     """fio where it can do that, libnbd for a write and a flush."""
     if workload.kind != "flush":
-        return fio(uri, workload, seconds)
+        return fio([uri], workload, seconds)
     with Client(uri, workload) as client:
         return client.watch(seconds)

@@ -21,6 +21,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.floor import Steps
 from tests.cluster.cluster import ROOT, Cluster, free_port
 
 SIZE_BYTES = 1 << 30
@@ -56,11 +57,17 @@ def image_folder() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replica(
-    folder: Path, protocol: str = "C", *, alone: bool = False, name: str = "", root: Path = ROOT
+    folder: Path,
+    protocol: str = "C",
+    *,
+    alone: bool = False,
+    name: str = "",
+    root: Path = ROOT,
+    size_bytes: int = SIZE_BYTES,
 ) -> Iterator[Target]:
     """Two nodes in sync; ``alone``: and then the Secondary is stopped. ``root``: of another revision's checkout."""
     settings = {**DEFAULTS, "protocol": f'"{protocol}"'}
-    with Cluster(folder, size_bytes=SIZE_BYTES, root=root, **settings) as cluster:
+    with Cluster(folder, size_bytes=size_bytes, root=root, **settings) as cluster:
         cluster.up()
         if alone:
             cluster.node2.stop()
@@ -82,6 +89,16 @@ def floor(folder: Path) -> Iterator[Target]:
         _process([*command, "--image", str(near), "--serve", str(path)], path) as primary,
     ):
         yield Target("floor", _uri(path), (primary.pid, secondary.pid))
+
+
+@contextlib.contextmanager
+def part_of_floor(folder: Path, steps: Steps) -> Iterator[Target]:
+    """The same with less to do, and without the Secondary."""
+    image, path = folder / f"{steps}.img", folder / f"{steps}.nbd"
+    _sparse(image)
+    command = [sys.executable, "-m", "bench.floor", "--steps", steps, "--image", str(image), "--serve", str(path)]
+    with _process(command, path) as process:
+        yield Target(str(steps), _uri(path), (process.pid,))
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bench import charts, compare, cpu_time, document, peers, switchover
+from bench import charts, compare, cpu_time, document, peers, steps, strain, switchover
 from bench.expectation import Expectation
 from bench.follower import Follower
 from bench.latency import Latencies, duration, merged
@@ -171,6 +171,32 @@ def test_a_pause_is_the_longest_time_between_two_answers() -> None:
     assert client.longest_pause_s(4.0) == 4.0
 
 
+# ── steps ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_each_step_is_the_difference_of_two_servers() -> None:
+    costs = {"receive": 10.0, "write": 13.0, "floor": 40.0, "Replica C": 50.0}
+    row = Row(Workload("write", 4096), {name: [_sample(1.0, cpu_us=cost)] for name, cost in costs.items()})
+    figures = [line.split("|")[2].strip() for line in steps.by_step([row])[2:]]
+    assert figures == ["10.0 µs", "3.0 µs", "27.0 µs", "10.0 µs", "50.0 µs"]
+
+
+def test_the_summary_of_strace_is_read() -> None:
+    summary = """% time     seconds  usecs/call     calls    errors syscall
+------ ----------- ----------- --------- --------- ----------------
+ 61.29    0.000874           4       200        17 recvfrom
+ 38.71    0.000552           2       183           pwrite64
+------ ----------- ----------- --------- --------- ----------------
+100.00    0.001426           3       383        17 total
+"""
+    assert steps.read_strace(summary) == {"recvfrom": 200, "pwrite64": 183}
+
+
+def test_samples_are_counted_by_the_innermost_function() -> None:
+    folded = "main (a.py:1);run (b.py:20) 7\nmain (a.py:1);run (b.py:21) 3\nmain (a.py:2) 1\n"
+    assert steps.read_stacks(folded) == {"run (b.py)": 10, "main (a.py)": 1}
+
+
 # ── documents ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -187,7 +213,7 @@ def test_only_what_is_between_the_markers_is_replaced(tmp_path: Path) -> None:
         document.write_section(file, "three", [])
 
 
-@pytest.mark.parametrize("section", [peers.SECTION, switchover.SECTION])
+@pytest.mark.parametrize("section", [peers.SECTION, switchover.SECTION, strain.SECTION, steps.SECTION])
 def test_the_document_has_the_markers(section: str) -> None:
     text = document.BENCHMARKS.read_text()
     assert f"<!-- {section}: begin -->" in text and f"<!-- {section}: end -->" in text
@@ -208,7 +234,7 @@ def test_charts_are_the_same_each_time_and_need_no_background() -> None:
     assert ElementTree.fromstring(rates).tag.endswith("svg")
 
 
-# ── processes ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the machine ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_processor_time_of_another_process_counts_its_threads() -> None:
@@ -226,3 +252,17 @@ def test_processor_time_of_another_process_counts_its_threads() -> None:
 def test_a_revision_that_does_not_exist_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert compare.main(["no-such-revision"]) == 1
     assert "there is no commit 'no-such-revision'" in capsys.readouterr().err
+
+
+def test_dirty_memory_is_bounded_and_put_back(tmp_path: Path) -> None:
+    """As in /proc/sys/vm, but for the zeroes that the kernel writes into the other one of a pair."""
+    names = ("dirty_bytes", "dirty_ratio", "dirty_background_bytes", "dirty_background_ratio")
+    before = dict(zip(names, ("0", "20", "4096", "0"), strict=True))
+    for name, value in before.items():
+        (tmp_path / name).write_text(value + "\n")
+    with pytest.raises(KeyboardInterrupt), strain.bounded_dirty_memory(1 << 20, tmp_path):
+        assert int((tmp_path / "dirty_bytes").read_text()) == 1 << 20
+        assert int((tmp_path / "dirty_background_bytes").read_text()) == 1 << 19
+        raise KeyboardInterrupt
+    assert (tmp_path / "dirty_ratio").read_text() == "20"
+    assert (tmp_path / "dirty_background_bytes").read_text() == "4096"
