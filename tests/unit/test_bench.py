@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
-from bench import charts, compare, cpu_time, document, peers, steps, strain, switchover
+from bench import charts, compare, cpu_time, document, in_kernel, peers, steps, strain, switchover
 from bench.expectation import Expectation
 from bench.follower import Follower
 from bench.latency import Latencies, duration, merged
@@ -213,10 +214,12 @@ def test_only_what_is_between_the_markers_is_replaced(tmp_path: Path) -> None:
         document.write_section(file, "three", [])
 
 
-@pytest.mark.parametrize("section", [peers.SECTION, switchover.SECTION, strain.SECTION, steps.SECTION])
-def test_the_document_has_the_markers(section: str) -> None:
+@pytest.mark.parametrize(
+    "section", [peers.SECTION, switchover.SECTION, strain.SECTION, steps.SECTION, in_kernel.SECTION]
+)
+def test_the_document_has_the_markers(bench: Any) -> None:
     text = document.BENCHMARKS.read_text()
-    assert f"<!-- {section}: begin -->" in text and f"<!-- {section}: end -->" in text
+    assert f"<!-- {bench.SECTION}: begin -->" in text and f"<!-- {bench.SECTION}: end -->" in text
 
 
 def test_charts_are_the_same_each_time_and_need_no_background() -> None:
