@@ -214,9 +214,7 @@ def test_only_what_is_between_the_markers_is_replaced(tmp_path: Path) -> None:
         document.write_section(file, "three", [])
 
 
-@pytest.mark.parametrize(
-    "section", [peers.SECTION, switchover.SECTION, strain.SECTION, steps.SECTION, in_kernel.SECTION]
-)
+@pytest.mark.parametrize("bench", [peers, switchover, strain, steps, in_kernel])
 def test_the_document_has_the_markers(bench: Any) -> None:
     text = document.BENCHMARKS.read_text()
     assert f"<!-- {bench.SECTION}: begin -->" in text and f"<!-- {bench.SECTION}: end -->" in text
