@@ -24,8 +24,14 @@ class Expectation:
 
     def row(self) -> list[str]:
         """The cells of its row."""
-        measured = "–" if self.measured is None else f"{self.measured:.3g} {self.unit}"
-        return [self.sentence, f"{'≤' if self.at_most else '≥'} {self.bound:g} {self.unit}", measured, self.verdict]
+        bound = f"{'≤' if self.at_most else '≥'} {self.bound:g} {self.unit}".rstrip()
+        return [self.sentence, bound, self._measured_text(), self.verdict]
+
+    def _measured_text(self) -> str:
+        if self.measured is None:
+            return "–"
+        figure = f"{self.measured:,.0f}" if self.measured >= 100 else f"{self.measured:.3g}"
+        return f"{figure} {self.unit}".rstrip()
 
 
 HEADS = ["expected", "bound", "measured", ""]

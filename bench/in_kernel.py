@@ -142,7 +142,7 @@ def _fio(guest: Machine, device: str, depth: int, seconds: float) -> Seen:
     return read_fio(guest.run(*command, timeout_s=seconds + _PATIENCE_S), "write")
 
 
-def as_markdown(found: dict[str, dict[int, Seen]], seconds: float) -> list[str]:
+def as_markdown(found: dict[str, dict[int, Seen]], seconds: float, facts: list[str]) -> list[str]:
     """The table, as it goes into docs/benchmarks.md."""
     cells = [
         [
@@ -156,7 +156,7 @@ def as_markdown(found: dict[str, dict[int, Seen]], seconds: float) -> list[str]:
     ]
     heads = ["4 KiB writes, all emulated", "requests/s", *(f"p{each:g}" for each in PERCENTILES)]
     how = machine.how(f"python -m bench.in_kernel --seconds {seconds:g}")
-    return [how, "", *(f"- {fact}" for fact in machine.facts()), "", *document.table(heads, cells)]
+    return [how, "", *(f"- {fact}" for fact in facts), "", *document.table(heads, cells)]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -165,12 +165,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=10.0, help="for each single measurement (default 10)")
     parser.add_argument("--write-docs", action="store_true", help=f"update {document.BENCHMARKS.name}")
     options = parser.parse_args(arguments)
+    facts = machine.facts()
     try:
         found = measure(options.seconds)
     except (RuntimeError, OSError, AssertionError, subprocess.SubprocessError) as error:
         print(f"bench.in_kernel: {error}", file=sys.stderr)
         return 1
-    lines = as_markdown(found, options.seconds)
+    lines = as_markdown(found, options.seconds, facts)
     print("\n".join(lines))
     if options.write_docs:
         document.write_section(document.BENCHMARKS, SECTION, lines)

@@ -22,6 +22,7 @@ def facts(programs: Sequence[str] = ()) -> list[str]:
         f"{os.cpu_count()} × {cpu[1] if cpu else platform.machine()}, Linux {platform.release()}",
         f"Python {platform.python_version()}, uvloop {uvloop.__version__}",
         *_versions(programs),
+        f"what the machine had to do besides, before it began: a load of {os.getloadavg()[0]:.1f}",
     ]
 
 

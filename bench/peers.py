@@ -74,13 +74,13 @@ def compare(rounds: int, seconds: float, note: Callable[[str], None] = lambda te
         workloads.remove(FLUSHED)
     if not workloads:
         raise RuntimeError("there is no client to measure with: install fio and python3-libnbd")
+    in_memory = Path("/dev/shm").is_dir()
+    facts = [*machine.facts(PROGRAMS), f"images on {'tmpfs' if in_memory else 'the disk of the temporary folder'}"]
     with _all_servers(left_out) as targets:
         rows = in_turn(targets, workloads, rounds, seconds, note)
         resident = {target.name: target.resident_bytes() for target in targets}
         names = [target.name for target in targets]
     command = f"python -m bench.peers --rounds {rounds} --seconds {seconds:g}"
-    in_memory = Path("/dev/shm").is_dir()
-    facts = [*machine.facts(PROGRAMS), f"images on {'tmpfs' if in_memory else 'the disk of the temporary folder'}"]
     return Comparison(command, facts, names, rows, resident, left_out)
 
 

@@ -30,7 +30,9 @@ SECTION: Final = "steps"
 _DEPTHS: Final = (1, 16, 64)
 _NODES: Final = ("Primary", "Secondary")
 _SAMPLES_PER_S: Final = 500
-_MOST_FUNCTIONS: Final = 12
+#: Of all samples, for a function to be shown.
+_LEAST_SHARE: Final = 0.01
+_IDLE: Final = "_worker (concurrent/futures"
 
 Note = Callable[[str], None]
 
@@ -110,11 +112,14 @@ def system_calls(target: servers.Target, seconds: float, note: Note) -> list[str
 
 
 def read_stacks(folded: str) -> Mapping[str, int]:
-    """Samples by the innermost function, from stacks in one line each ("a;b;c 17")."""
+    """Samples by the innermost function, from stacks in one line each ("a;b;c 17"); threads that wait for work do not
+    count.
+    """
     samples: collections.Counter[str] = collections.Counter()
     for line in folded.splitlines():
         stack, _, count = line.rpartition(" ")
-        samples[re.sub(r":\d+\)$", ")", stack.rpartition(";")[2])] += int(count)
+        if not stack.rpartition(";")[2].startswith(_IDLE):
+            samples[re.sub(r":\d+\)$", ")", stack.rpartition(";")[2])] += int(count)
     return samples
 
 
@@ -136,8 +141,8 @@ def functions(target: servers.Target, depth: int, seconds: float, note: Note) ->
         whole = sum(samples.values()) or 1
         for name, count in samples.items():
             shares.setdefault(name, [0.0, 0.0])[node] = count / whole
-    most = sorted(shares.items(), key=lambda each: -max(each[1]))[:_MOST_FUNCTIONS]
-    cells = [[f"`{name}`", *(f"{share:.0%}" for share in row)] for name, row in most]
+    most = sorted(shares.items(), key=lambda each: -max(each[1]))
+    cells = [[f"`{name}`", *(f"{share:.0%}" for share in row)] for name, row in most if max(row) >= _LEAST_SHARE]
     return document.table([f"share of samples, depth {depth}", *_NODES], cells)
 
 
@@ -170,6 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="for each single measurement (default 1)")
     parser.add_argument("--write-docs", action="store_true", help=f"update {document.BENCHMARKS.name}")
     options = parser.parse_args(arguments)
+    facts = machine.facts()
     try:
         with Console(stderr=True).status("starting the servers") as status:
             tables = measure_all(options.rounds, options.seconds, status.update)
@@ -177,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"bench.steps: {error}", file=sys.stderr)
         return 1
     command = f"python -m bench.steps --rounds {options.rounds} --seconds {options.seconds:g}"
-    lines = [machine.how(command), "", *(f"- {fact}" for fact in machine.facts()), "", *tables]
+    lines = [machine.how(command), "", *(f"- {fact}" for fact in facts), "", *tables]
     print("\n".join(lines))
     if options.write_docs:
         document.write_section(document.BENCHMARKS, SECTION, lines)

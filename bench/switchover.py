@@ -11,7 +11,7 @@ import contextlib
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -37,6 +37,7 @@ class Pauses:
     """What was measured: pauses by kind."""
 
     command: str
+    facts: list[str]
     by_kind: dict[str, Latencies] = field(default_factory=dict)
     #: Answers to the client that were errors.
     errors: int = 0
@@ -46,24 +47,19 @@ class Pauses:
         self.by_kind.setdefault(kind, Latencies()).add(round(pause_s * 1e9))
 
 
-def measure(runs: int, kills: int, console: Console | None = None) -> Pauses:
+def measure(runs: int, kills: int, note: Callable[[str], None] = lambda text: None) -> Pauses:
     """`runs` takeovers, and `kills` promotions of each kind after the Primary's death."""
-    pauses = Pauses(f"python -m bench.switchover --runs {runs} --kills {kills}")
+    pauses = Pauses(f"python -m bench.switchover --runs {runs} --kills {kills}", machine.facts())
     with _pair() as (cluster, client):
         for number in range(runs):
-            _note(console, f"takeover {number + 1} of {runs}")
+            note(f"takeover {number + 1} of {runs}")
             pauses.add(TAKEOVER, take_over(cluster, client))
         for number in range(kills):
             for kind in (PROMOTE, PROMOTE_VERB):
-                _note(console, f"kill {number + 1} of {kills}")
+                note(f"kill {number + 1} of {kills}")
                 pauses.add(kind, kill_and_promote(cluster, client, by_command=kind == PROMOTE))
         pauses.errors = client.errors
     return pauses
-
-
-def _note(console: Console | None, text: str) -> None:
-    if console is not None:
-        console.print(text, end="\r")
 
 
 @contextlib.contextmanager
@@ -140,7 +136,7 @@ def as_markdown(pauses: Pauses) -> list[str]:
     return [
         machine.how(pauses.command),
         "",
-        *(f"- {fact}" for fact in machine.facts()),
+        *(f"- {fact}" for fact in pauses.facts),
         "",
         *document.table(["pause", "runs", "p50", "p99", "longest"], rows),
         "",
@@ -156,7 +152,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--write-docs", action="store_true", help=f"update {document.BENCHMARKS.name}")
     options = parser.parse_args(arguments)
     try:
-        pauses = measure(options.runs, options.kills, Console(stderr=True))
+        with Console(stderr=True).status("starting both nodes") as status:
+            pauses = measure(options.runs, options.kills, status.update)
     except (RuntimeError, OSError, AssertionError, subprocess.SubprocessError) as error:
         print(f"bench.switchover: {error}", file=sys.stderr)
         return 1

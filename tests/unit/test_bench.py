@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -156,7 +157,7 @@ def test_the_table_of_two_revisions() -> None:
 
 
 def test_the_table_of_pauses() -> None:
-    pauses = switchover.Pauses("command")
+    pauses = switchover.Pauses("command", ["a fact"])
     for pause_s in (0.1, 0.2):
         pauses.add(switchover.TAKEOVER, pause_s)
     lines = switchover.as_markdown(pauses)
@@ -195,6 +196,7 @@ def test_the_summary_of_strace_is_read() -> None:
 
 def test_samples_are_counted_by_the_innermost_function() -> None:
     folded = "main (a.py:1);run (b.py:20) 7\nmain (a.py:1);run (b.py:21) 3\nmain (a.py:2) 1\n"
+    folded += "boot (t.py:9);_worker (concurrent/futures/thread.py:81) 50\n"
     assert steps.read_stacks(folded) == {"run (b.py)": 10, "main (a.py)": 1}
 
 
@@ -247,6 +249,17 @@ def test_processor_time_of_another_process_counts_its_threads() -> None:
         spent_ns = cpu_time.spent_ns([process.pid])
         assert spent_ns > 5_000_000
         assert cpu_time.spent_ns([process.pid, os.getpid()]) > spent_ns
+        process.stdin.close()
+
+
+def test_processor_time_counts_children_that_have_ended() -> None:
+    code = "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'sum(range(3_000_000))'])\n"
+    code += "print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdout.readline()
+        own_ns = time.clock_gettime_ns((~process.pid << 3) | 2)
+        assert cpu_time.spent_ns([process.pid]) > own_ns + 10_000_000
         process.stdin.close()
 
 
