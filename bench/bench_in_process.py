@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 
+from bench.extra import per_request
 from bench.in_process import InProcess
 from bench.load import offsets
 
-_WRITES = 100
+_WRITES, _IN_BATCHES = 100, 640
 
 
 def _of_size(name: str, length: int) -> Any:
@@ -22,13 +23,13 @@ def test_one_by_one(benchmark: Any, in_process: InProcess, length: int) -> None:
     """Each is answered before the next one begins."""
     places, data = offsets(length)[:_WRITES], bytes(length)
     benchmark.pedantic(lambda: in_process.write(places, data), rounds=30, warmup_rounds=2)
-    benchmark.extra_info["microseconds_each"] = round(benchmark.stats.stats.median * 1e6 / _WRITES, 1)
+    per_request(benchmark, _WRITES)
 
 
 @pytest.mark.parametrize("depth", [pytest.param(depth, id=f"depth{depth}") for depth in (16, 64)])
 @pytest.mark.benchmark(group="in process: 640 writes of 4 KiB in batches")
 def test_batches(benchmark: Any, in_process: InProcess, depth: int) -> None:
     """As many at once as a client that keeps so many under way would bring."""
-    places, data = offsets(4 << 10)[:640], bytes(4 << 10)
+    places, data = offsets(4 << 10)[:_IN_BATCHES], bytes(4 << 10)
     benchmark.pedantic(lambda: in_process.write(places, data, depth), rounds=30, warmup_rounds=2)
-    benchmark.extra_info["microseconds_each"] = round(benchmark.stats.stats.median * 1e6 / 640, 1)
+    per_request(benchmark, _IN_BATCHES)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from bench.extra import per_request
 from bench.load import Client, Workload
 from bench.servers import Target
 
@@ -33,7 +34,7 @@ def test_writes_at_depth(benchmark: Any, target: Target, depth: int) -> None:
     with Client(target.uri, Workload("write", 4 << 10, depth)) as client:
         client.warm_up()
         benchmark.pedantic(lambda: client.many(_MANY), rounds=30, warmup_rounds=3)
-        benchmark.extra_info["writes_per_second"] = round(_MANY / benchmark.stats.stats.median)
+        per_request(benchmark, _MANY)
 
 
 @pytest.mark.parametrize("kind", ["fua", "flush"])

@@ -18,8 +18,7 @@ from typing import Final
 from bench import document, machine
 from bench.latency import PERCENTILES, duration
 from bench.load import Seen, read_fio
-from tests.cluster.cluster import ROOT
-from tests.vm.machine import Image, Machine
+from tests.vm.machine import Machine, find_image
 
 SECTION: Final = "kernel"
 _DEPTHS: Final = (1, 16)
@@ -102,10 +101,8 @@ def fetch_tools(folder: Path) -> None:
 
 
 def measure(seconds: float) -> dict[str, dict[int, Seen]]:
-    """By product and depth. AssertionError and RuntimeError with the reason when it does not work."""
-    image = Image(ROOT / "build" / "vm")
-    if shutil.which("qemu-system-x86_64") is None or not all(file.exists() for file in image.files):
-        raise RuntimeError("there is no virtual machine to measure in: make vm-image")
+    """By product and depth. AssertionError, RuntimeError or OSError with the reason when it does not work."""
+    image = find_image()
     found: dict[str, dict[int, Seen]] = {}
     with (
         tempfile.TemporaryDirectory(prefix="rb-") as folder,

@@ -126,10 +126,10 @@ def _at_once(targets: Sequence[servers.Target], workload: Workload, seconds: flo
         children = resource.getrusage(resource.RUSAGE_CHILDREN)
         return cpu_time.spent_ns(processes) / 1e9, children.ru_utime + children.ru_stime
 
-    before, began_s = spent_s(), time.monotonic()
+    before = spent_s()
     seen = fio([target.uri for target in targets], workload, seconds)
-    took_s = time.monotonic() - began_s
     nodes_s, clients_s = (after - since for after, since in zip(spent_s(), before, strict=True))
+    took_s = seen.requests / seen.rate
     return _Busy(seen.rate, nodes_s * 1e6 / seen.requests, nodes_s / took_s, (nodes_s + clients_s) / took_s)
 
 
