@@ -32,11 +32,11 @@ SEEDS ?= 1000
 START ?= 1
 JOBS ?= 0
 
-.PHONY: help venv setup demo test lint format bench bench-failover test-hosts test-cluster tutorial soak database power-cuts hosts-setup vm-setup vm-image sim sim-canaries fuzz clients test-vm clean
+.PHONY: help venv setup demo test lint format bench bench-peers bench-compare bench-switchover bench-strain bench-steps bench-in-kernel bench-failover test-hosts test-cluster tutorial soak database power-cuts hosts-setup vm-setup vm-image sim sim-canaries fuzz clients test-vm clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
-	  printf '  %-14s %s\n' "$$name" "$$text"; done
+	  printf '  %-16s %s\n' "$$name" "$$text"; done
 
 venv: $(VENV_STAMP) ## make .venv with the project and its tools (pip only)
 
@@ -94,9 +94,31 @@ format: venv ## let ruff mend format and simple findings
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: setup ## write latency and throughput (pytest-benchmark)
+bench: setup ## latency and throughput, in process and of clients (pytest-benchmark)
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-sort=name --benchmark-columns=$(BENCH_COLUMNS) \
 	  --timeout=0 $(PYTEST_ARGS)
+
+bench-peers: ROUNDS ?= 4
+bench-peers: setup ## beside other NBD servers and a bound, ROUNDS=4 times; writes docs/benchmarks.md and its charts
+	$(BIN)/python -m bench.peers --rounds $(ROUNDS) --write-docs
+
+bench-compare: ROUNDS ?= 8
+bench-compare: setup ## this revision beside BASE=commit, ROUNDS=8 times
+	@[[ -n "$(BASE)" ]] || { echo "make: name the other revision: make bench-compare BASE=main" >&2; exit 1; }
+	$(BIN)/python -m bench.compare "$(BASE)" --rounds $(ROUNDS)
+
+bench-switchover: RUNS ?= 50
+bench-switchover: setup ## pauses of a client when the Primary changes, RUNS=50 times; writes docs/benchmarks.md
+	$(BIN)/python -m bench.switchover --runs $(RUNS) --write-docs
+
+bench-strain: setup ## a large volume, many clients and resources, slow disks (as root); writes docs/benchmarks.md
+	$(BIN)/python -m bench.strain --write-docs
+
+bench-steps: setup ## where the time of a write goes: steps, system calls, functions; writes docs/benchmarks.md
+	$(BIN)/python -m bench.steps --write-docs
+
+bench-in-kernel: setup vm-image ## beside DRBD in the kernel, in a virtual machine; writes docs/benchmarks.md
+	$(BIN)/python -m bench.in_kernel --write-docs
 
 bench-failover: ROUNDS ?= 3
 bench-failover: hosts-setup ## failover beside Debian's heartbeat, ROUNDS=3 times (as root); writes docs/failover.md

@@ -1,1 +1,1 @@
-"""Measurements: ``make bench`` runs the ``bench_*`` files; ``python -m bench.peers`` compares with other servers."""
+"""Measurements: each `python -m bench.NAME` is one, each `make bench…` too; docs/benchmarks.md tells which is which."""

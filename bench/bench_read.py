@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from bench.extra import per_request
 from bench.load import Client, Workload
 from bench.servers import Target
 
@@ -24,4 +25,4 @@ def test_reads_at_depth_16(benchmark: Any, target: Target) -> None:
     with Client(target.uri, Workload("read", 4 << 10, 16)) as client:
         client.warm_up()
         benchmark.pedantic(lambda: client.many(_MANY), rounds=50, warmup_rounds=3)
-        benchmark.extra_info["reads_per_second"] = round(_MANY / benchmark.stats.stats.median)
+        per_request(benchmark, _MANY)

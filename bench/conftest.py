@@ -1,18 +1,16 @@
-"""What the benchmarks share: servers that run once per mode, libnbd, and the comparison's table at the end."""
+"""What the benchmarks share: servers that run once per mode, and libnbd."""
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from rich.console import Console
 
-from bench import peers, servers
+from bench import servers
+from bench.in_process import InProcess, pair
 from bench.load import libnbd
 from bench.servers import Target
 
 MODES = {"A": ("A", False), "B": ("B", False), "C": ("C", False), "C-alone": ("C", True)}
-COMPARISON = pytest.StashKey[peers.Comparison]()
 
 
 @pytest.fixture(scope="session")
@@ -39,12 +37,11 @@ def target(request: pytest.FixtureRequest, need_libnbd: None, folder: Path) -> I
         yield running
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """The table of the comparison, when it was made."""
-    comparison = config.stash.get(COMPARISON, None)
-    if comparison is not None:
-        terminalreporter.section("Replica beside other servers")
-        console = Console(width=max(170, terminalreporter._tw.fullwidth))
-        console.print(peers.as_table(comparison))
-        for name in comparison.left_out:
-            terminalreporter.write_line(f"not installed: {name}")
+@pytest.fixture(scope="session", params=MODES)
+def in_process(request: pytest.FixtureRequest, folder: Path) -> Iterator[InProcess]:
+    """Both nodes in this process, in each mode."""
+    protocol, alone = MODES[request.param]
+    own = folder / f"in-{request.param}"
+    own.mkdir()
+    with pair(own, protocol, alone=alone) as both:
+        yield both

@@ -20,14 +20,14 @@ from datetime import date
 from pathlib import Path
 from typing import Final
 
+from bench import document
 from bench.timeline_svg import Strip, picture
 from tests.hosts.lab import Lab
 from tests.hosts.products import Ours, Product, RealHeartbeat
 from tests.hosts.scenarios import SCENARIOS, Phase, Scenario, play
 from tests.hosts.timeline import Span, Timeline
 
-_DOCS: Final = Path(__file__).resolve().parents[1] / "docs"
-_BEGIN, _END = "<!-- figures: begin -->", "<!-- figures: end -->"
+_SECTION: Final = "figures"
 
 
 @dataclass
@@ -122,12 +122,9 @@ def write_docs(runs: Sequence[Run], products: Sequence[str], command: str) -> No
     )
     text = [f"Measured on {date.today()} with `{command}`; seconds, medians of {rounds} (least–most).", "", *_machine()]
     text += ["", *table(runs, products)]
-    document = _DOCS / "failover.md"
-    before, _, rest = document.read_text().partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    document.write_text(before + _BEGIN + "\n" + "\n".join(text) + "\n" + _END + after)
+    document.write_section(document.DOCS / "failover.md", _SECTION, text)
     panels = [(name, list(_last_strips(runs, name))) for name in dict.fromkeys(run.scenario for run in runs)]
-    (_DOCS / "failover.svg").write_text(picture(panels))
+    (document.DOCS / "failover.svg").write_text(picture(panels))
 
 
 def _last_strips(runs: Sequence[Run], scenario: str) -> Iterable[Strip]:

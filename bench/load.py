@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bench.latency import Latencies
+
 #: The part of the volume that is written to: bounds the memory that images in memory take.
 SPAN_BYTES = 256 << 20
 _FILL_BYTES = 1 << 20
@@ -27,24 +29,34 @@ def libnbd() -> Any | None:
 
 @dataclass(frozen=True)
 class Workload:
-    """``kind`` is "write", "read" or "flush" (a write, then a flush); ``depth`` requests are under way at once."""
+    """``kind`` is "write", "read", "fua" or "flush" (a write, then a flush); ``depth`` are under way at once."""
 
     kind: str
     length: int
     depth: int = 1
+    span_bytes: int = SPAN_BYTES
 
     @property
     def name(self) -> str:
         """ "write 4 KiB, depth 16"."""
         size = f"{self.length >> 20} MiB" if self.length >= 1 << 20 else f"{self.length >> 10} KiB"
-        verb = "write+flush" if self.kind == "flush" else self.kind
+        verb = {"flush": "write+flush", "fua": "write with FUA"}.get(self.kind, self.kind)
         return f"{verb} {size}, depth {self.depth}"
 
 
-def offsets(length: int, seed: int = 1) -> list[int]:
+@dataclass(frozen=True)
+class Seen:
+    """What a client saw: how many requests were answered, how many in a second, and how long each took."""
+
+    requests: int
+    rate: float
+    latencies: Latencies
+
+
+def offsets(length: int, seed: int = 1, span_bytes: int = SPAN_BYTES) -> list[int]:
     """Random multiples of ``length``; the same for every server, so that all do the same work."""
     rng = random.Random(seed)
-    return [rng.randrange(SPAN_BYTES // length) * length for _ in range(_OFFSETS)]
+    return [rng.randrange(span_bytes // length) * length for _ in range(_OFFSETS)]
 
 
 class Client:
@@ -54,11 +66,12 @@ class Client:
         nbd = libnbd()
         assert nbd is not None
         self._handle = nbd.NBD()
+        self._fua = nbd.CMD_FLAG_FUA
         self._handle.connect_uri(uri)
         self._workload = workload
         self._data = random.Random(2).randbytes(workload.length)
         self._buffers = [nbd.Buffer.from_bytearray(bytearray(self._data)) for _ in range(workload.depth)]
-        self._offsets = offsets(workload.length)
+        self._offsets = offsets(workload.length, span_bytes=workload.span_bytes)
         self._next = 0
 
     def __enter__(self) -> "Client":
@@ -85,9 +98,15 @@ class Client:
                 self._handle.pwrite(self._data, offset)
             case "read":
                 self._handle.pread(self._workload.length, offset)
+            case "fua":
+                self._handle.pwrite(self._data, offset, self._fua)
             case "flush":
                 self._handle.pwrite(self._data, offset)
                 self._handle.flush()
+
+    def flush(self) -> None:
+        """Everything answered so far is durable when this returns."""
+        self._handle.flush()
 
     def many(self, count: int) -> None:
         """``count`` requests, always ``depth`` of them under way."""
@@ -107,14 +126,18 @@ class Client:
         if errors:
             raise OSError(errors[0], "a request failed")
 
-    def rate(self, seconds: float) -> float:
-        """Requests per second over about so many seconds."""
-        batch = max(self._workload.depth * 4, 8 if self._workload.length < 1 << 20 else 1)
-        done, began_s = 0, time.perf_counter()
-        while (took_s := time.perf_counter() - began_s) < seconds:
-            self.many(batch)
-            done += batch
-        return done / took_s
+    def watch(self, seconds: float) -> Seen:
+        """One request after the other for about so many seconds, each of them timed."""
+        latencies, done = Latencies(), 0
+        began_ns = now_ns = time.perf_counter_ns()
+        end_ns = began_ns + round(seconds * 1e9)
+        while now_ns < end_ns:
+            before_ns = now_ns
+            self.one()
+            now_ns = time.perf_counter_ns()
+            latencies.add(now_ns - before_ns)
+            done += 1
+        return Seen(done, done / ((now_ns - began_ns) / 1e9), latencies)
 
     def _offset(self) -> int:
         self._next = (self._next + 1) % _OFFSETS
@@ -139,15 +162,32 @@ def has_fio() -> bool:
     return "nbd" in engines.split()
 
 
-def fio_rate(uri: str, workload: Workload, seconds: float) -> float:
-    """Requests per second that fio measures."""
+def fio(uris: Sequence[str], workload: Workload, seconds: float, *, most_bytes: int = 0) -> Seen:
+    """What fio sees, on a connection to each of `uris`, with the workload's depth on each; a write and a flush in one
+    it cannot time. With `most_bytes` it ends when so much was written, though the time is not over.
+    """
     kind = {"write": "randwrite", "read": "randread"}[workload.kind]
     command: Sequence[str] = (
-        *("fio", "--name=bench", "--ioengine=nbd", f"--uri={uri}", f"--rw={kind}", f"--bs={workload.length}"),
-        *(f"--iodepth={workload.depth}", f"--size={SPAN_BYTES}", "--time_based", f"--runtime={seconds}"),
-        *("--randrepeat=1", "--norandommap", "--output-format=json"),
+        *("fio", "--name=global", "--ioengine=nbd", f"--rw={kind}", f"--bs={workload.length}"),
+        *(f"--iodepth={workload.depth}", f"--size={workload.span_bytes}", f"--runtime={round(seconds * 1e3)}ms"),
+        f"--io_size={most_bytes}" if most_bytes else "--time_based",
+        *("--randrepeat=1", "--norandommap", "--thread", "--group_reporting", "--output-format=json+"),
+        *(word for number, uri in enumerate(uris) for word in (f"--name=job{number}", f"--uri={uri}")),
     )
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 60, check=True)
-    report = json.loads(done.stdout[done.stdout.index("{") :])  # its first line is not JSON
-    rate: float = report["jobs"][0]["write" if workload.kind == "write" else "read"]["iops"]
-    return rate
+    return read_fio(done.stdout, workload.kind)
+
+
+def read_fio(output: str, kind: str) -> Seen:
+    """Its report of one group of jobs, in the form json+ (which has the histogram of all latencies)."""
+    report = json.loads(output[output.index("{") :])  # its first line is not JSON
+    seen = report["jobs"][0][kind]
+    return Seen(seen["total_ios"], seen["iops"], Latencies.from_bins(seen["clat_ns"]["bins"]))
+
+
+def watch(uri: str, workload: Workload, seconds: float) -> Seen:
+    """fio where it can do that, libnbd for a write and a flush."""
+    if workload.kind != "flush":
+        return fio([uri], workload, seconds)
+    with Client(uri, workload) as client:
+        return client.watch(seconds)

@@ -2,75 +2,40 @@
 
     python -m bench.peers [--rounds N] [--seconds S] [--json FILE] [--write-docs]
 
-Figures move with the machine and from minute to minute; so every round measures all servers in turn (A B A B …),
-and the median of the rounds is what counts. The ratio to the C mirror compares like with like: both answer a write
-when two processes have it; it is the ratio to the faster of the two C mirrors (one links its halves by a Unix socket,
-one by TCP; Replica's link is TCP). The other servers replicate nothing: they show what replication costs.
+Figures move with the machine and from minute to minute; so every round measures all servers in turn, and ratios are
+made in each round. The ratio to the C mirror compares like with like: both answer a write when two processes have it;
+it is the ratio to the faster of the two C mirrors (one links its halves by a Unix socket, one by TCP; Replica's link is
+TCP). The other servers replicate nothing: they show what replication costs. `floor` is the bound of what a pair in
+Python can do, see `bench.floor`.
 """
 
 import argparse
 import contextlib
 import json
-import os
-import platform
-import re
-import statistics
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from datetime import date
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-import uvloop
 from rich.console import Console
-from rich.table import Table
 
-from bench import servers
-from bench.load import Client, Workload, fio_rate, has_fio, libnbd
+from bench import charts, document, expectation, machine, servers
+from bench.expectation import Expectation
+from bench.latency import PERCENTILES, duration
+from bench.load import Client, Workload, has_fio, libnbd
+from bench.measure import Row, in_turn
+from bench.spread import Spread
 
-REPLICA, MIRRORS = "Replica C", ("C mirror", "C mirror, TCP")
-LIBNBD_WORKLOADS = (
-    Workload("write", 4 << 10),
-    Workload("write", 4 << 10, 16),
-    Workload("write", 64 << 10),
-    Workload("write", 1 << 20),
-    Workload("read", 4 << 10, 16),
-    Workload("flush", 4 << 10),
-)
-FIO_WORKLOADS = (
-    Workload("write", 4 << 10),
-    Workload("write", 4 << 10, 16),
-    Workload("write", 4 << 10, 64),
-    Workload("write", 1 << 20, 4),
-    Workload("read", 4 << 10, 16),
-)
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
-
-
-@dataclass
-class Row:
-    """One workload of one client: the rates of every server, in requests per second, one per round."""
-
-    client: str
-    workload: Workload
-    rates: dict[str, list[float]] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """ "libnbd: write 4 KiB, depth 16"."""
-        return f"{self.client}: {self.workload.name}"
-
-    def median(self, server: str) -> float | None:
-        """The median rate of this server."""
-        return statistics.median(self.rates[server]) if self.rates.get(server) else None
-
-    def ratio(self) -> float | None:
-        """Replica's rate in relation to that of the faster C mirror."""
-        ours, theirs = self.median(REPLICA), max(self.median(name) or 0.0 for name in MIRRORS)
-        return ours / theirs if ours and theirs else None
+REPLICA, FLOOR, QEMU_NBD, MIRRORS = "Replica C", "floor", "qemu-nbd", ("C mirror", "C mirror, TCP")
+#: By depth; these also have tables of their own for latency and processor time.
+SMALL_WRITES: Final = {depth: Workload("write", 4 << 10, depth) for depth in (1, 16, 64)}
+LARGE_WRITES: Final = {depth: Workload("write", 1 << 20, depth) for depth in (1, 4)}
+READS: Final = Workload("read", 4 << 10, 16)
+FLUSHED: Final = Workload("flush", 4 << 10)
+WORKLOADS: Final = (*SMALL_WRITES.values(), *LARGE_WRITES.values(), READS, FLUSHED)
+SECTION: Final = "peers"
+PROGRAMS: Final = ("qemu-nbd", "nbdkit", "fio")
 
 
 @dataclass
@@ -78,41 +43,45 @@ class Comparison:
     """What was measured, and where."""
 
     command: str
-    when: str
-    machine: list[str]
+    facts: list[str]
     names: list[str]
     rows: list[Row]
     resident_bytes: dict[str, int]
     left_out: list[str]
 
+    def row(self, workload: Workload) -> Row:
+        """Of this workload; an empty one if it was not measured."""
+        return next((row for row in self.rows if row.workload == workload), Row(workload))
+
+    def mirror(self, row: Row) -> str:
+        """The faster of the C mirrors."""
+        return max(MIRRORS, key=lambda name: row.rate(name) or 0.0)
+
+    def ratio(self, row: Row) -> Spread | None:
+        """Replica's rate in relation to that of the faster C mirror."""
+        return row.rate_ratio(REPLICA, self.mirror(row))
+
 
 def compare(rounds: int, seconds: float, note: Callable[[str], None] = lambda text: None) -> Comparison:
     """Measure; takes about rounds × seconds × servers × workloads. RuntimeError without any client."""
-    clients: list[tuple[str, tuple[Workload, ...], Callable[[str, Workload], float]]] = []
     left_out: list[str] = []
-    if libnbd() is not None:
-        clients.append(("libnbd", LIBNBD_WORKLOADS, lambda uri, workload: _libnbd_rate(uri, workload, seconds)))
-    else:
-        left_out.append("libnbd (python3-libnbd)")
-    if has_fio():
-        fio_seconds = max(1.0, seconds)
-        clients.append(("fio", FIO_WORKLOADS, lambda uri, workload: fio_rate(uri, workload, fio_seconds)))
-    else:
+    workloads = list(WORKLOADS)
+    if not has_fio():
         left_out.append("fio")
-    if not clients:
-        raise RuntimeError("there is no client to measure with: install python3-libnbd or fio")
+        workloads = [FLUSHED]
+    if libnbd() is None:
+        left_out.append("libnbd (python3-libnbd)")
+        workloads.remove(FLUSHED)
+    if not workloads:
+        raise RuntimeError("there is no client to measure with: install fio and python3-libnbd")
+    in_memory = Path("/dev/shm").is_dir()
+    facts = [*machine.facts(PROGRAMS), f"images on {'tmpfs' if in_memory else 'the disk of the temporary folder'}"]
     with _all_servers(left_out) as targets:
-        rows = [Row(name, workload) for name, workloads, _ in clients for workload in workloads]
-        measures = {name: measure for name, _, measure in clients}
-        for number in range(rounds):
-            for row in rows:
-                note(f"round {number + 1} of {rounds}: {row.name}")
-                for target in targets:
-                    row.rates.setdefault(target.name, []).append(measures[row.client](target.uri, row.workload))
+        rows = in_turn(targets, workloads, rounds, seconds, note)
         resident = {target.name: target.resident_bytes() for target in targets}
         names = [target.name for target in targets]
-    command = " ".join(("python -m bench.peers", f"--rounds {rounds}", f"--seconds {seconds:g}"))
-    return Comparison(command, date.today().isoformat(), machine(), names, rows, resident, left_out)
+    command = f"python -m bench.peers --rounds {rounds} --seconds {seconds:g}"
+    return Comparison(command, facts, names, rows, resident, left_out)
 
 
 @contextlib.contextmanager
@@ -125,50 +94,67 @@ def _all_servers(left_out: list[str]) -> Iterator[list[servers.Target]]:
                 left_out.append(f"{name} ({', '.join(missing)})")
             else:
                 targets.append(stack.enter_context(start(folder)))
-        if libnbd() is not None:
-            for target in targets:
-                with Client(target.uri, Workload("write", 4096)) as client:
-                    client.warm_up()
+        warm_up(targets)
         yield targets
 
 
-def _libnbd_rate(uri: str, workload: Workload, seconds: float) -> float:
-    with Client(uri, workload) as client:
-        return client.rate(seconds)
+def warm_up(targets: Sequence[servers.Target]) -> None:
+    """Write what the clients will write to, once."""
+    if libnbd() is not None:
+        for target in targets:
+            with Client(target.uri, Workload("write", 4096)) as client:
+                client.warm_up()
 
 
-def machine() -> list[str]:
-    """The machine and the programs, one fact each."""
-    cpu = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    facts = [
-        f"{os.cpu_count()} × {cpu[1] if cpu else platform.machine()}",
-        f"Linux {platform.release()}",
-        f"Python {platform.python_version()}, uvloop {uvloop.__version__}",
-        f"images on {'tmpfs' if Path('/dev/shm').is_dir() else 'the disk of the temporary folder'}",
+# ── what is expected ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def expectations(comparison: Comparison) -> list[Expectation]:
+    """What this is to reach, and what it did."""
+
+    def to_mirror(workload: Workload, bound: float) -> Expectation:
+        ratio = comparison.ratio(comparison.row(workload))
+        return Expectation(f"{workload.name}: rate of the C mirror", ratio and ratio.median, bound)
+
+    def to_qemu_nbd(workload: Workload, bound: float) -> Expectation:
+        ratio = comparison.row(workload).rate_ratio(REPLICA, QEMU_NBD)
+        return Expectation(f"{workload.name}: rate of qemu-nbd, which has one copy", ratio and ratio.median, bound)
+
+    one, sixteen = (comparison.row(SMALL_WRITES[depth]) for depth in (1, 16))
+    median_us, tail_us = (sixteen.latencies(REPLICA).percentile_us(percentile) for percentile in (50, 99))
+    ours_us, floor_us = (one.latencies(name).percentile_us(50) for name in (REPLICA, FLOOR))
+    return [
+        *(to_mirror(SMALL_WRITES[depth], bound) for depth, bound in ((1, 1.3), (16, 5.0), (64, 7.0))),
+        *(to_mirror(workload, 3.0) for workload in LARGE_WRITES.values()),
+        *(to_qemu_nbd(workload, 0.6) for workload in LARGE_WRITES.values()),
+        to_mirror(FLUSHED, 0.83),
+        Expectation(
+            f"{sixteen.workload.name}: p99 in relation to p50",
+            tail_us / median_us if tail_us and median_us else None,
+            4.0,
+            at_most=True,
+        ),
+        Expectation(
+            f"{one.workload.name}: p50 in relation to that of `floor`",
+            ours_us / floor_us if ours_us and floor_us else None,
+            1.5,
+            at_most=True,
+        ),
     ]
-    for program in ("qemu-nbd", "nbdkit", "fio"):
-        with contextlib.suppress(OSError):
-            done = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
-            facts.append(done.stdout.splitlines()[0].strip() if done.stdout else program)
-    return facts
 
 
 # ── showing it ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def cells(comparison: Comparison) -> Iterator[list[str]]:
-    """The table's rows: the name, each server's rate, the ratio."""
+def rate_table(comparison: Comparison) -> list[str]:
+    """Requests per second."""
+    rows = []
     for row in comparison.rows:
-        ratio = row.ratio()
-        rates = [_rate_text(row.median(name), row.workload) for name in comparison.names]
-        yield [row.name, *rates, f"{ratio:.2f} ×" if ratio else "–"]
+        rates = (_rate_text(row.rate(name), row.workload) for name in comparison.names)
+        rows.append([row.workload.name, *rates, str(comparison.ratio(row) or "–")])
     resident = (comparison.resident_bytes[name] for name in comparison.names)
-    yield ["resident memory after it", *(f"{bytes_ / (1 << 20):.0f} MiB" for bytes_ in resident), ""]
-
-
-def heads(comparison: Comparison) -> list[str]:
-    """The table's columns."""
-    return ["requests per second", *comparison.names, "ratio to C mirror"]
+    rows.append(["resident memory after it", *(f"{bytes_ / (1 << 20):.0f} MiB" for bytes_ in resident), ""])
+    return document.table(["requests per second", *comparison.names, "ratio to C mirror"], rows)
 
 
 def _rate_text(rate: float | None, workload: Workload) -> str:
@@ -179,72 +165,93 @@ def _rate_text(rate: float | None, workload: Workload) -> str:
     return f"{rate:,.0f}"
 
 
-def as_table(comparison: Comparison) -> Table:
-    """The table for a terminal."""
-    table = Table(title=f"Replica beside other servers ({comparison.when})")
-    for number, head in enumerate(heads(comparison)):
-        table.add_column(head, justify="right" if number else "left", no_wrap=True)
-    for row in cells(comparison):
-        table.add_row(*row)
-    return table
+def latency_table(comparison: Comparison) -> list[str]:
+    """Percentiles of small writes, over all rounds."""
+    rows = []
+    for workload in SMALL_WRITES.values():
+        latencies = [comparison.row(workload).latencies(name) for name in comparison.names]
+        for percentile in PERCENTILES:
+            figures = (duration(each.percentile_us(percentile)) for each in latencies)
+            rows.append([f"{workload.name}: p{percentile:g}", *figures])
+    return document.table(["latency", *comparison.names], rows)
 
 
-def as_markdown(comparison: Comparison) -> str:
-    """The section of docs/benchmarks.md between its markers."""
-    lines = [
-        f"Measured on {comparison.when} with `{comparison.command}`; medians of the rounds, requests per second.",
-        "",
-        *(f"- {fact}" for fact in comparison.machine),
-    ]
+def cost_table(comparison: Comparison) -> list[str]:
+    """Processor time of a request."""
+    rows = [[row.workload.name, *(duration(row.cpu_us(name)) for name in comparison.names)] for row in comparison.rows]
+    return document.table(["processor time per request", *comparison.names], rows)
+
+
+def as_markdown(comparison: Comparison) -> list[str]:
+    """The tables, as they go into docs/benchmarks.md."""
+    lines = [machine.how(comparison.command), "", *(f"- {fact}" for fact in comparison.facts)]
     if comparison.left_out:
         lines.append(f"- not installed, hence not measured: {', '.join(comparison.left_out)}")
-    columns = heads(comparison)
-    lines += ["", f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
-    lines += [f"| {' | '.join(row)} |" for row in cells(comparison)]
-    return "\n".join(lines) + "\n"
+    for table in (
+        rate_table(comparison),
+        latency_table(comparison),
+        cost_table(comparison),
+        document.table(expectation.HEADS, expectation.rows(expectations(comparison))),
+    ):
+        lines += ["", *table]
+    return lines
 
 
-def write_document(comparison: Comparison, document: Path = DOCUMENT) -> None:
-    """Put the figures between the markers of the document; RuntimeError when it has none."""
-    before, begin, rest = document.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise RuntimeError(f"{document} lacks the markers {BEGIN} and {END}")
-    document.write_text(f"{before}{BEGIN}\n{as_markdown(comparison)}{END}{after}")
+def write_charts(comparison: Comparison, folder: Path = document.DOCS) -> None:
+    """The pictures beside the tables."""
+    for depth in (1, 16):
+        row = comparison.row(SMALL_WRITES[depth])
+        percentiles = {name: row.latencies(name) for name in comparison.names}
+        picture = charts.latency_percentiles(f"4 KiB writes, depth {depth}", percentiles)
+        (folder / f"latency-depth-{depth}.svg").write_text(picture)
+    rates = {
+        name: {depth: comparison.row(workload).rate(name) for depth, workload in SMALL_WRITES.items()}
+        for name in comparison.names
+    }
+    (folder / "rate-by-depth.svg").write_text(charts.rate_by_depth("4 KiB writes per second, by depth", rates))
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
-    """Everything, for programs."""
-    document = asdict(comparison)
-    for row, stored in zip(comparison.rows, document["rows"], strict=True):
-        stored |= {"name": row.name, "medians": {name: row.median(name) for name in row.rates}, "ratio": row.ratio()}
-    return document
+    """Everything but the histograms, for programs."""
+    return {
+        "command": comparison.command,
+        "facts": comparison.facts,
+        "rows": [
+            {
+                "workload": row.workload.name,
+                "rates": {name: row.rates(name) for name in comparison.names},
+                "cpu_us": {name: row.costs(name) for name in comparison.names},
+                "latency_us": {
+                    name: {f"p{each:g}": row.latencies(name).percentile_us(each) for each in PERCENTILES}
+                    for name in comparison.names
+                },
+            }
+            for row in comparison.rows
+        ],
+        "resident_bytes": comparison.resident_bytes,
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 measured, 1 not possible here."""
     parser = argparse.ArgumentParser(prog="bench.peers", description="Compare Replica with other NBD servers.")
-    parser.add_argument("--rounds", type=int, default=5, help="how often every server is measured (default 5)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each single measurement (default 1)")
+    parser.add_argument("--rounds", type=int, default=4, help="how often every server is measured (default 4)")
+    parser.add_argument("--seconds", type=float, default=0.8, help="for each single measurement (default 0.8)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, too")
-    parser.add_argument("--write-docs", action="store_true", help=f"update {DOCUMENT.name}")
+    parser.add_argument("--write-docs", action="store_true", help=f"update {document.BENCHMARKS.name} and its charts")
     options = parser.parse_args(arguments)
-    console = Console()
-    # A pipe has no width of its own, and a table broken into words is of no use.
-    console = console if console.is_terminal else Console(width=170)
     try:
-        with console.status("starting the servers") as status:
+        with Console(stderr=True).status("starting the servers") as status:
             comparison = compare(options.rounds, options.seconds, status.update)
     except (RuntimeError, OSError) as error:
         print(f"bench.peers: {error}", file=sys.stderr)
         return 1
-    console.print(as_table(comparison))
-    for name in comparison.left_out:
-        console.print(f"not installed: {name}")
+    print("\n".join(as_markdown(comparison)))
     if options.json is not None:
         options.json.write_text(json.dumps(as_json(comparison), indent=2) + "\n")
     if options.write_docs:
-        write_document(comparison)
+        document.write_section(document.BENCHMARKS, SECTION, as_markdown(comparison))
+        write_charts(comparison)
     return 0
 
 

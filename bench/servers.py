@@ -1,4 +1,4 @@
-"""Starts what is measured, each on a Unix socket: Replica's pair, and other people's NBD servers.
+"""Starts what is measured, each on a Unix socket: Replica's pair, its bound, and other people's NBD servers.
 
 Unix sockets because TCP costs some pairs of client and server far more than others: libnbd at depth 16 got 1,450
 requests per second from qemu-nbd over TCP and 23,000 over a Unix socket, while fio got about 20,000 either way (why was
@@ -13,29 +13,38 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from tests.cluster.cluster import Cluster, free_port
+from bench.floor import Steps
+from tests.cluster.cluster import ROOT, Cluster, free_port
 
 SIZE_BYTES = 1 << 30
 HOST = "127.0.0.1"
 #: The defaults of replica.config; the tests' harness has faster ones.
-_DEFAULTS = {"timeout": "6", "connect-interval": "1", "settle-interval": "5"}
+DEFAULTS = {"timeout": "6", "connect-interval": "1", "settle-interval": "5"}
 _START_TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True)
 class Target:
-    """A server that runs. ``resident_bytes`` of the process that serves the clients."""
+    """A server that runs: all of its processes, first the one that serves the clients."""
 
     name: str
     uri: str
-    resident_bytes: Callable[[], int] = field(default=lambda: 0, repr=False)
+    process_ids: tuple[int, ...] = ()
+
+    def resident_bytes(self) -> int:
+        """Memory that the process that serves the clients holds now."""
+        for line in Path(f"/proc/{self.process_ids[0]}/status").read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) << 10
+        return 0
 
 
 @contextlib.contextmanager
@@ -47,16 +56,49 @@ def image_folder() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def replica(folder: Path, protocol: str = "C", *, alone: bool = False) -> Iterator[Target]:
-    """Two nodes in sync; ``alone``: and then the Secondary is stopped."""
-    settings = {**_DEFAULTS, "protocol": f'"{protocol}"'}
-    with Cluster(folder, size_bytes=SIZE_BYTES, **settings) as cluster:
+def replica(
+    folder: Path,
+    protocol: str = "C",
+    *,
+    alone: bool = False,
+    name: str = "",
+    root: Path = ROOT,
+    size_bytes: int = SIZE_BYTES,
+) -> Iterator[Target]:
+    """Two nodes in sync; ``alone``: and then the Secondary is stopped. ``root``: of another revision's checkout."""
+    settings = {**DEFAULTS, "protocol": f'"{protocol}"'}
+    with Cluster(folder, size_bytes=size_bytes, root=root, **settings) as cluster:
         cluster.up()
         if alone:
             cluster.node2.stop()
             cluster.node1.wait_alone()
-        name = f"Replica {protocol}" + (" alone" if alone else "")
-        yield Target(name, _uri(cluster.node1.nbd_path, cluster.resource), cluster.node1.resident_bytes)
+        processes = [node.process for node in cluster.nodes if node.process is not None]
+        own_name = name or f"Replica {protocol}" + (" alone" if alone else "")
+        yield Target(own_name, cluster.node1.uri, tuple(process.pid for process in processes))
+
+
+@contextlib.contextmanager
+def floor(folder: Path) -> Iterator[Target]:
+    """The least that two processes in Python can do: see `bench.floor`."""
+    near, far, path, port = folder / "floor-1.img", folder / "floor-2.img", folder / "floor.nbd", free_port(HOST)
+    _sparse(near)
+    _sparse(far)
+    command = [sys.executable, "-m", "bench.floor", "--port", str(port)]
+    with (
+        _process([*command, "--image", str(far)], port) as secondary,
+        _process([*command, "--image", str(near), "--serve", str(path)], path) as primary,
+    ):
+        yield Target("floor", _uri(path), (primary.pid, secondary.pid))
+
+
+@contextlib.contextmanager
+def part_of_floor(folder: Path, steps: Steps) -> Iterator[Target]:
+    """The same with less to do, and without the Secondary."""
+    image, path = folder / f"{steps}.img", folder / f"{steps}.nbd"
+    _sparse(image)
+    command = [sys.executable, "-m", "bench.floor", "--steps", steps, "--image", str(image), "--serve", str(path)]
+    with _process(command, path) as process:
+        yield Target(str(steps), _uri(path), (process.pid,))
 
 
 @contextlib.contextmanager
@@ -85,9 +127,9 @@ def c_mirror(folder: Path, *, tcp: bool = False) -> Iterator[Target]:
         *("--nbd-server", f"addr.type=unix,addr.path={path}"),
         *("--export", "type=nbd,id=e,node-name=q,name=q,writable=on"),
     ]
-    with _process(far_end, port if tcp else link), _process(near_end, path) as process:
+    with _process(far_end, port if tcp else link) as secondary, _process(near_end, path) as primary:
         name = "C mirror, TCP" if tcp else "C mirror"
-        yield Target(name, _uri(path, "q"), lambda: _resident_bytes(process.pid))
+        yield Target(name, _uri(path, "q"), (primary.pid, secondary.pid))
 
 
 @contextlib.contextmanager
@@ -96,7 +138,7 @@ def qemu_nbd(folder: Path) -> Iterator[Target]:
     image, path = folder / "qemu-nbd.img", folder / "qemu-nbd.nbd"
     _sparse(image)
     with _process(["qemu-nbd", "-k", str(path), "-f", "raw", "--persistent", str(image)], path) as process:
-        yield Target("qemu-nbd", _uri(path), lambda: _resident_bytes(process.pid))
+        yield Target("qemu-nbd", _uri(path), (process.pid,))
 
 
 @contextlib.contextmanager
@@ -105,7 +147,7 @@ def nbdkit(folder: Path) -> Iterator[Target]:
     image, path = folder / "nbdkit.img", folder / "nbdkit.nbd"
     _sparse(image)
     with _process(["nbdkit", "-f", "-U", str(path), "file", str(image)], path) as process:
-        yield Target("nbdkit", _uri(path), lambda: _resident_bytes(process.pid))
+        yield Target("nbdkit", _uri(path), (process.pid,))
 
 
 @contextlib.contextmanager
@@ -126,7 +168,7 @@ def nbd_server(folder: Path) -> Iterator[Target]:
         if not _listens(path):
             raise RuntimeError("nbd-server did not start")
         process_id = int(process_file.read_text())
-        yield Target("nbd-server", _uri(path, "x"), lambda: _resident_bytes(process_id))
+        yield Target("nbd-server", _uri(path, "x"), (process_id,))
     finally:
         with contextlib.suppress(OSError, ValueError):
             os.kill(int(process_file.read_text()), signal.SIGTERM)
@@ -134,6 +176,7 @@ def nbd_server(folder: Path) -> Iterator[Target]:
 
 #: Who Replica is compared with: the starter, and the programs that it needs.
 PEERS: dict[str, tuple[Callable[[Path], AbstractContextManager[Target]], tuple[str, ...]]] = {
+    "floor": (floor, ()),
     "C mirror": (c_mirror, ("qemu-storage-daemon", "qemu-nbd")),
     "C mirror, TCP": (lambda folder: c_mirror(folder, tcp=True), ("qemu-storage-daemon", "qemu-nbd")),
     "qemu-nbd": (qemu_nbd, ("qemu-nbd",)),
@@ -186,10 +229,3 @@ def _listens(place: Path | int, process: "subprocess.Popen[bytes] | None" = None
 
 def _uri(path: Path, export: str = "") -> str:
     return f"nbd+unix:///{export}?socket={path}"
-
-
-def _resident_bytes(process_id: int) -> int:
-    for line in Path(f"/proc/{process_id}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) << 10
-    return 0

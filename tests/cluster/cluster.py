@@ -24,7 +24,7 @@ from tests.processes import passing
 #: Longer than anything takes; only a test that has failed waits for so long.
 PATIENCE_S = float(os.environ.get("REPLICA_TEST_PATIENCE", "30"))
 MIB = 1 << 20
-_ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 _CHUNK_BYTES = 4 * MIB
 _LAST_LINES = 40
 
@@ -168,7 +168,8 @@ class Node:
     def environment(self) -> dict[str, str]:
         """The environment of what this node's operator starts."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("REPLICA_", "NOTIFY_"))}
-        return {**inherited, "PYTHONPATH": str(_ROOT)}
+        # Nothing is imported from the current directory: that may be another revision than the one to be run.
+        return {**inherited, "PYTHONPATH": str(self.cluster.root), "PYTHONSAFEPATH": "1"}
 
     def options(self) -> list[str]:
         """What tells a program which node it is for."""
@@ -276,6 +277,7 @@ class Cluster:
 
     `settings` are keys of [resource.NAME], as TOML values ('"C"', "true", "0.1"); what the file says for one node
     only goes in `on`: {"node2": {"port": "7790"}}. `hooks` are keys of [hooks], `tls` is that of [cluster].
+    `root` is the checkout whose programs are run: another revision than this one, to compare them.
     """
 
     resource = "r0"
@@ -288,9 +290,11 @@ class Cluster:
         on: Mapping[str, Mapping[str, str]] | None = None,
         hooks: Mapping[str, str] | None = None,
         tls: str | None = None,
+        root: Path = ROOT,
         **settings: str,
     ) -> None:
         self.folder = folder
+        self.root = root
         self.size_bytes = size_bytes
         self.port = free_port("127.0.0.2")
         self.key = folder / "cluster.key"
@@ -349,6 +353,10 @@ class Cluster:
         """Metadata and sparse images on both nodes, by `replicactl create-md` (in this process: that is quicker)."""
         for node in self.nodes:
             size = () if node.image.exists() else ("--size", str(self.size_bytes))
+            if self.root != ROOT:
+                done = node.cli("create-md", *size, *options)
+                assert done.returncode == 0, done.stderr
+                continue
             with contextlib.redirect_stdout(io.StringIO()):
                 status = replicactl([*node.options(), "create-md", *size, *options])
             assert status == 0, "create-md failed; the reason is on standard error"

@@ -43,14 +43,22 @@ class Image:
         return self.folder / "kernel", self.folder / "initrd.gz", self.folder / "root.ext4"
 
 
-def need_image() -> Image:
-    """The image in $REPLICA_VM_DIR, else build/vm; the test is skipped without it, or without QEMU."""
+def find_image() -> Image:
+    """The image in $REPLICA_VM_DIR, else build/vm. FileNotFoundError without it, or without QEMU."""
     image = Image(Path(os.environ.get("REPLICA_VM_DIR") or _ROOT / "build" / "vm").resolve())
     if shutil.which(_QEMU) is None:
-        pytest.skip(f"{_QEMU} is not installed (Debian package qemu-system-x86)")
+        raise FileNotFoundError(f"{_QEMU} is not installed (Debian package qemu-system-x86)")
     if not all(file.exists() for file in image.files):
-        pytest.skip("there is no image for virtual machines (make vm-image)")
+        raise FileNotFoundError("there is no image for virtual machines (make vm-image)")
     return image
+
+
+def need_image() -> Image:
+    """The image; the test is skipped when nothing can be done with it."""
+    try:
+        return find_image()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
 
 
 def user_network(forwards: Iterable[tuple[int, int]] = ()) -> str:
