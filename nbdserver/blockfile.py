@@ -63,7 +63,8 @@ class BlockFile:
         self.size_bytes = size_bytes
         self.is_block_device = is_block_device
         self._scratch = memoryview(bytearray(_NOW_BYTES))
-        self._never_blocks = _filesystem_magic(fd) in (_TMPFS_MAGIC, _RAMFS_MAGIC)
+        #: Held in memory: no call waits for a device. (A device node says what /dev is on, which is a tmpfs.)
+        self.in_memory = not is_block_device and _filesystem_magic(fd) in (_TMPFS_MAGIC, _RAMFS_MAGIC)
         self._has_nowait = True
         self._has_dsync = True
         self._unsupported_modes: set[int] = set()
@@ -124,7 +125,7 @@ class BlockFile:
         """Exactly `length` bytes when they are in the page cache and not too many, else None."""
         if length > _NOW_BYTES:
             return None
-        if self._never_blocks:
+        if self.in_memory:
             data = os.pread(self.fd, length, offset)
             return data if len(data) == length else None
         if not self._has_nowait:

@@ -82,10 +82,13 @@ class Answers(abc.ABC):
         try:
             await work
         except OSError as error:
-            self._link.send(wire.DONE, flags=wire.FLAG_ERROR, sequence=sequence, offset=error.errno or errno.EIO)
-            self._failed(error)
+            self._answer_failed(sequence, error)
         else:
             self._link.send(wire.DONE, sequence=sequence)
+
+    def _answer_failed(self, sequence: int, error: OSError) -> None:
+        self._link.send(wire.DONE, flags=wire.FLAG_ERROR, sequence=sequence, offset=error.errno or errno.EIO)
+        self._failed(error)
 
 
 class Mirror(Answers):
@@ -109,3 +112,14 @@ class Mirror(Answers):
                 self._failed(error)
                 return
         self._link.send(wire.APPLIED, sequence=last)
+
+    def _on_flush(self, flags: int, sequence: int, offset: int, payload: memoryview) -> None:
+        try:
+            is_flushed = self._store.flush_now()
+        except OSError as error:
+            self._answer_failed(sequence, error)
+            return
+        if is_flushed:
+            self._link.send(wire.DONE, sequence=sequence)
+        else:
+            super()._on_flush(flags, sequence, offset, payload)

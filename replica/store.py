@@ -45,6 +45,9 @@ class Store(Protocol):
     async def prefetch(self, offset: int, length: int) -> None:
         """Begin to read the range into the page cache."""
 
+    def flush_now(self) -> bool:
+        """Flush if that needs no device; False if it does."""
+
     async def flush(self) -> None:
         """Durable: every write that had returned when this was called. Concurrent calls share one fdatasync."""
 
@@ -89,8 +92,15 @@ class FileStore:
     async def prefetch(self, offset: int, length: int) -> None:
         await self._run(self._file.prefetch, offset, length)
 
+    def flush_now(self) -> bool:
+        if not self._file.in_memory:
+            return False
+        self._commit.flush_at_once(self._file.flush)
+        return True
+
     async def flush(self) -> None:
-        await self._commit.flush()
+        if not self.flush_now():
+            await self._commit.flush()
 
     async def forget_cache(self) -> None:
         await self._run(self._file.forget_cache)
@@ -187,6 +197,9 @@ class FailedStore:
         raise self._fail()
 
     async def prefetch(self, offset: int, length: int) -> None:
+        raise self._fail()
+
+    def flush_now(self) -> bool:
         raise self._fail()
 
     async def flush(self) -> None:

@@ -75,6 +75,9 @@ class MemoryStore:
     async def zero(self, offset: int, length: int, punch: bool) -> None:
         self.write_now(offset, bytes(length))
 
+    def flush_now(self) -> bool:
+        return False
+
     async def flush(self) -> None:
         await asyncio.sleep(0)
 

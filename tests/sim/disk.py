@@ -34,6 +34,8 @@ class DiskFaults:
     read_error: float = 0.0
     write_error: float = 0.0
     flush_error: float = 0.0
+    #: As a file in memory is: a flush takes no time.
+    flushes_at_once: bool = False
 
 
 class SimDisk:
@@ -277,6 +279,11 @@ class _File:
             raise OSError(errno.EIO, f"simulated {what} error")
 
     def _flush_work(self) -> "asyncio.Future[None]":
+        effect = self._begin_flush()
+        return self._work(self.disk.faults.flush_s * (0.2 + 1.6 * self.disk.rng.random()), effect)
+
+    def _begin_flush(self) -> Callable[[], None]:
+        """A flush of what is written by now; what is returned is its end."""
         self._alive()
         self.incarnation.burn()
         disk, rng = self.disk, self.disk.rng
@@ -290,7 +297,7 @@ class _File:
                 raise LostWriteError(errno.EIO, "simulated flush error")
             disk.flushed(pages)
 
-        return self._work(disk.faults.flush_s * (0.2 + 1.6 * rng.random()), effect)
+        return effect
 
 
 def _answer(future: "asyncio.Future[Any]", result: Any, error: OSError | None) -> None:
@@ -364,8 +371,15 @@ class SimStore(_File):
     async def prefetch(self, offset: int, length: int) -> None:
         await self._work(0.0001, lambda: None)
 
+    def flush_now(self) -> bool:
+        if not self.disk.faults.flushes_at_once:
+            return False
+        self._commit.flush_at_once(self._begin_flush())
+        return True
+
     async def flush(self) -> None:
-        await self._commit.flush()
+        if not self.flush_now():
+            await self._commit.flush()
 
 
 class SimMetadataFile(_File):

@@ -181,6 +181,9 @@ def draw(seed: int, bias: Callable[[Scenario, random.Random], None] | None = Non
     hooks = scenario.rng("hooks")
     if hooks.random() < 0.25:
         scenario.hook_timeout_s = hooks.choice((0.05, 0.3, 1.0))
+    memory = scenario.rng("memory")
+    for data, _ in scenario.disk.values():
+        data.flushes_at_once = memory.random() < 0.2
     if scenario.split_brain:
         scenario.verb_rates["part"] = draw_parting_rate(seed)
     if bias is not None:

@@ -14,6 +14,7 @@ from nbdserver.blockfile import BlockFile, BlockFileError, LostWriteError
 from nbdserver.export import NO_ERRORS
 from nbdserver.extents import DATA, HOLE
 from nbdserver.file_export import FileExport
+from tests.cluster.mounted import need_mounts, run
 
 MIB = 1024 * 1024
 SIZE = 4 * MIB
@@ -261,3 +262,24 @@ def test_block_status_and_prefetch_of_a_file(file):
     assert asyncio.run(look(MIB + 512, 1024, 100)) == [(1024, DATA)]
     file.zero(MIB, MIB, punch=True)
     assert asyncio.run(look(0, 3 * MIB, 100)) == [(3 * MIB, HOLE)]
+
+
+@pytest.mark.root
+def test_a_device_is_not_in_memory_because_its_node_is(short_dir):
+    """/dev is a tmpfs; what a node in it stands for is a disk, and reads of that may take their time."""
+    need_mounts()
+    image = short_dir / "image"
+    image.write_bytes(bytes(SIZE))
+    device = run("losetup", "--find", "--show", image).strip()
+    try:
+        file = BlockFile.open(device)
+        try:
+            assert not file.in_memory
+            file.forget_cache()
+            assert file.read_now(0, 4096) is None
+            assert file.read(0, 4096) == bytes(4096)
+            assert file.read_now(0, 4096) == bytes(4096)
+        finally:
+            file.close()
+    finally:
+        run("losetup", "--detach", device)
