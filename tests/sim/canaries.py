@@ -73,6 +73,13 @@ def _resyncs(scenario: Scenario, rng: random.Random) -> None:
         data.read_s = 0.005
 
 
+def _questions(scenario: Scenario, rng: random.Random) -> None:
+    """Resyncs that ask first, by blocks, on links that break, with power cuts."""
+    _resyncs(scenario, rng)
+    scenario.constants |= {("sync_hash", "LEAST_BLOCKS"): 1, ("sync_hash", "WORTH_SHARE"): 0.0}
+    scenario.fault_rates["power"] = rng.choice((0.5, 1.5))
+
+
 def _failover(scenario: Scenario, rng: random.Random) -> None:
     """The peer takes over at once, while the old Primary's slow writes are still under way."""
     _plain(scenario, rng)
@@ -386,10 +393,51 @@ CANARIES = (
     Canary(
         "resync-overwrites-write",
         "a resync block is read while writes to it go on",
-        "replica.resync:SyncSource._send_data",
+        "replica.resync:SyncSource._read_and",
         "async with self._locks.hold(start, stop):",
         "if True:",
         _resyncs,
+    ),
+    Canary(
+        "equal-not-flushed",
+        "a block that is equal on both nodes counts as clean although the target has not flushed it",
+        "replica.resync:SyncSource._on_differs",
+        "self._settle(run_start, run_stop)",
+        "self._bitmap.clear_range(*blocks_of(run_start, run_stop - run_start))",
+        _questions,
+        (
+            (
+                "replica.resync:SyncTarget._compare",
+                "self._applied.append(((offset >> BLOCK_SHIFT) + first, count))",
+                "self._bitmap.clear_range((offset >> BLOCK_SHIFT) + first, count)",
+            ),
+        ),
+    ),
+    Canary(
+        "different-taken-for-equal",
+        "a block whose hash differs is not sent",
+        "replica.resync:SyncSource._on_differs",
+        "                if differ:",
+        "                if False:",
+        _questions,
+    ),
+    Canary(
+        "question-kept-for-answer",
+        "what was read for the question is sent when the answer comes, over what was written meanwhile",
+        "replica.resync:SyncSource._send_question",
+        "        self._asked[number] = start, start + len(data)",
+        "        self._asked[number] = start, start + len(data)\n"
+        "        kept = {start + at: data[at : at + BLOCK_SIZE] for at in range(0, len(data), BLOCK_SIZE)}\n"
+        '        vars(self).setdefault("kept", {}).update(kept)',
+        _questions,
+        (
+            (
+                "replica.resync:SyncSource._send_wanted",
+                "await self._send_data(start, piece_stop)",
+                "self._send_read(start, b''.join(self.kept[at] for at in range(start, piece_stop, BLOCK_SIZE)))"
+                "; self._settle(start, piece_stop)",
+            ),
+        ),
     ),
     Canary(
         "dead-session-applied",
