@@ -54,6 +54,7 @@ class Resource:
         self.state = State(on_change=self.changed)
         self._cfg = resource
         self._runtime = runtime
+        self.clock_s = runtime.clock_s
         self._attached: tuple[LocalDisk, Volume] | None = None
         self.failed = False
         self.demoting = False

@@ -55,6 +55,7 @@ class SyncSource:
         bitmap: Bitmap,
         locks: RangeLocks,
         rate_bytes_s: int | None,
+        clock_s: Callable[[], float],
         *,
         ask: bool = False,
     ) -> None:
@@ -68,7 +69,7 @@ class SyncSource:
             else FixedRate(rate_bytes_s, CHUNK_BYTES, WINDOW_BYTES)
         )
         self._sampling = sync_hash.Sampling() if ask else None
-        self._now: Final = asyncio.get_running_loop().time
+        self._now: Final = clock_s
         self._number = 0
         #: Number of a frame -> how much work it is, and when it was sent.
         self._unacknowledged: dict[int, tuple[int, float]] = {}

@@ -41,7 +41,8 @@ log = logging.getLogger("replica.session")
 HANDSHAKE_TIMEOUT_S: Final = 60.0
 #: How long the peer may take to see that the two copies do not fit together.
 PARTING_TIMEOUT_S: Final = 2.0
-BITMAP_MESSAGE_BYTES: Final = 256 << 10
+#: Before it is compressed: to pack one, or to merge it, takes about a millisecond.
+BITMAP_MESSAGE_BYTES: Final = 64 << 10
 
 
 class Refusal(ReplicaError):
@@ -253,11 +254,18 @@ class Session:
         in the source's, which is the one that is walked.)
         """
         link, bitmap = self._link, self._resource.disk.bitmap
-        messages = list(bitmap.pack(BITMAP_MESSAGE_BYTES)) or [b""]
-        for number, message in enumerate(messages, 1):
-            link.send(wire.BITMAP, message, flags=wire.FLAG_LAST if number == len(messages) else 0)
-            await link.drained()
+        packing = bitmap.pack(BITMAP_MESSAGE_BYTES)
+        message, following = next(packing, b""), next(packing, None)
         while True:
+            link.send(wire.BITMAP, message, flags=wire.FLAG_LAST if following is None else 0)
+            # What is drained at once lets nobody else have a turn: a large bitmap must not hold up clients and PINGs.
+            await asyncio.sleep(0)
+            await link.drained()
+            if following is None:
+                break
+            message, following = following, next(packing, None)
+        while True:
+            await asyncio.sleep(0)
             flags, _, _, payload = await link.receive(wire.BITMAP)
             if payload:
                 try:
@@ -304,11 +312,12 @@ class Session:
             resource.disk.bitmap,
             resource.volume.admission.locks,
             resource.settings.resync_rate_bytes_s,
+            resource.clock_s,
             # A copy that is new, or was declared bad, gets every block.
             ask=self._peer_compares and not verdict.full,
         )
         resource.volume.start_mirroring(self._link)
-        resource.volume.time_writes(self._source.client_wrote)
+        resource.volume.time_writes(self._source.client_wrote, resource.clock_s)
         resource.begin_sync(Replication.SYNC_SOURCE)
         resource.hooks.fire(Event.BEFORE_RESYNC_SOURCE, self._verdict)
         self.apply_pause()
@@ -363,7 +372,7 @@ class Session:
             await source.run()
         finally:
             if resource.attached:
-                resource.volume.time_writes(None)
+                resource.volume.time_no_writes()
         await self._count_peer_in()
         # From SYNC_DONE on the peer may be promoted, and then its writes come here.
         self.start_mirror()

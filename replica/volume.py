@@ -145,18 +145,18 @@ class Volume:
         link.handlers[wire.APPLIED] = self._on_acknowledged if self.settings.protocol == "C" else _ignore
         link.handlers[wire.RECEIVED] = self._on_acknowledged if self.settings.protocol == "B" else _ignore
 
-    def time_writes(self, timed: Timed | None) -> None:
-        """Tell `timed` what mirrored writes take, from now on; None: no more, and then it costs nothing."""
-        link, times = self._link, self._write_times
-        if times is not None:
+    def time_writes(self, timed: Timed, clock_s: Callable[[], float]) -> None:
+        """Tell `timed` what mirrored writes take, from now on and as long as this link is mirrored to."""
+        assert self._link is not None
+        self._write_times = WriteTimes(self._link, lambda: self._sequence, timed, clock_s)
+        self._send_writes = self._write_times.send_buffers
+
+    def time_no_writes(self) -> None:
+        """From now on it costs nothing."""
+        times, self._write_times = self._write_times, None
+        if times is not None and self._link is not None:
             times.end()
-        self._write_times = None
-        if link is None:
-            return
-        self._send_writes = link.send_buffers
-        if timed is not None:
-            self._write_times = WriteTimes(link, lambda: self._sequence, timed)
-            self._send_writes = self._write_times.send_buffers
+            self._send_writes = self._link.send_buffers
 
     def stop_mirroring(self) -> None:
         """The link is gone. What the peer may lack becomes dirty; what waited for it waits for the record instead."""

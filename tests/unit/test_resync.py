@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,7 +78,9 @@ class Copies:
 
     async def begin(self, *, ask: bool = True, rate: int | None = None) -> "Copies":
         self.near, self.far = await opened()
-        self.source = SyncSource(self.near.link, self.source_store, self.bitmaps[0], self.locks, rate, ask=ask)
+        self.source = SyncSource(
+            self.near.link, self.source_store, self.bitmaps[0], self.locks, rate, time.monotonic, ask=ask
+        )
         self.target = SyncTarget(self.far.link, self.target_store, self.bitmaps[1], self.failed.append)
         for end in (self.near, self.far):
             for kind, handler in list(end.link.handlers.items()):
