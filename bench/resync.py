@@ -239,6 +239,9 @@ def main() -> int:
     parser.add_argument("--tree", action="append", metavar="NAME=DIR", help="a checkout to measure")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    if libnbd() is None:
+        print("bench.resync: libnbd's Python module is not installed (Debian: python3-libnbd)", file=sys.stderr)
+        return 1
     trees = dict(tree.split("=", 1) for tree in options.tree or [f"this={_HERE}"])
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in trees}
     for _ in range(options.rounds):

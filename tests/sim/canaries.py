@@ -357,8 +357,8 @@ CANARIES = (
         "bitmap-stretch-lost",
         "of the changed sectors of the bitmap only the first ones that are neighbours are written",
         "replica.metadata:Metadata._write_sectors",
-        "in _stretches(taken):",
-        "in list(_stretches(taken))[:1]:",
+        "in _stretches(taken[at : at + _CHUNK_SECTORS]):",
+        "in list(_stretches(taken[at : at + _CHUNK_SECTORS]))[:1]:",
     ),
     Canary(
         "inconsistent-not-recorded",
