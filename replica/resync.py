@@ -13,6 +13,7 @@ The rules this file keeps (docs/architecture, "Cover" and "Resync against applic
 
 import asyncio
 import collections
+import contextlib
 import math
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
@@ -32,6 +33,7 @@ WINDOW_BYTES: Final = 4 << 20
 READ_AHEAD_BYTES: Final = 8 << 20
 #: Dirty blocks looked at in one go, and the longest hole sent in one frame.
 RUN_BYTES: Final = 256 << 20
+MOST_HOLES: Final = 8
 #: Shorter holes are sent as data: a round trip each would cost more than it saves.
 MIN_HOLE_BYTES: Final = 64 << 10
 #: A flush on the target is asked for after so much data or time; bits are cleared, and progress shows, at that pace.
@@ -81,6 +83,9 @@ class SyncSource:
         #: (from, start, stop): a hole from "from" to "start", then data up to "stop"; or so it was a moment ago. To ask
         #: for each dirty block would be a call in a thread for each.
         self._known = (0, 0, 0)
+        self._tasks: asyncio.TaskGroup
+        #: Holes that are being sent, each in a task: together they have one round trip, not one each.
+        self._holes = 0
         #: Where what was read ahead begins and ends, since the first read that had to wait for the disk.
         self._ahead = (0, 0)
         #: What was sent as data, and what was found to be equal, since this began.
@@ -108,12 +113,19 @@ class SyncSource:
     def client_wrote(self, sent_s: float, now_s: float) -> None:
         """A client's write that went to the peer at `sent_s` is acknowledged (`Volume.time_writes`)."""
         self._pace.wrote(sent_s, now_s)
-        self._progress.set()
+        self._told()
 
     async def run(self) -> None:
-        """Send until no bit is left. Cancel it when the link is lost."""
+        """Send until no bit is left. Cancel it when the link is lost. OSError."""
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                await self._run()
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
+
+    async def _run(self) -> None:
         while self._bitmap.count:
-            cursor = 0
+            cursor, self._known = 0, (0, 0, 0)
             while (run := self._bitmap.next_run(cursor, RUN_BYTES >> BLOCK_SHIFT)) is not None:
                 first, count = run
                 cursor = first + count
@@ -122,7 +134,7 @@ class SyncSource:
             while self._asked or self._wanted:
                 await self._until(lambda: not self._asked or bool(self._wanted))
                 await self._send_wanted()
-            await self._until(lambda: not self._unacknowledged)
+            await self._until(lambda: not self._unacknowledged and not self._holes)
             self._checkpoint()
             await self._until(lambda: not self._checkpoints)
 
@@ -134,9 +146,10 @@ class SyncSource:
             await self._running.wait()
             start, data_stop = await self._next_data(position, stop)
             if start - position >= MIN_HOLE_BYTES or start >= stop:
-                piece_stop = await self._send_hole(position, start)
-                self._settle(position, piece_stop)
-                position = piece_stop
+                await self._until(lambda: self._holes < MOST_HOLES)
+                self._holes += 1
+                self._tasks.create_task(self._send_hole(position, start))
+                position = start
                 continue
             while position < data_stop:
                 piece_stop = min(position + self._pace.piece_bytes(self._now()), data_stop)
@@ -151,6 +164,7 @@ class SyncSource:
         known_from, start, data_stop = self._known
         if not known_from <= position < data_stop:
             start, data_stop = await self._look(position, min(position + RUN_BYTES, self._store.size_bytes))
+            self._known = position, start, data_stop
         return max(position, min(start, stop)), min(data_stop, stop)
 
     async def _look(self, position: int, stop: int) -> tuple[int, int]:
@@ -161,19 +175,21 @@ class SyncSource:
         else:
             start = max(position, start >> BLOCK_SHIFT << BLOCK_SHIFT)
             data_stop = min(stop, (data_stop + BLOCK_SIZE - 1) >> BLOCK_SHIFT << BLOCK_SHIFT)
-        self._known = position, start, data_stop
         return start, data_stop
 
-    async def _send_hole(self, start: int, stop: int) -> int:
-        """Send [start, stop) as a hole; returns how far that is still true once writes are kept back."""
+    async def _send_hole(self, start: int, stop: int) -> None:
+        """Send [start, stop) as a hole, as far as that is still true once writes are kept back. (They are until the
+        target has made it, which it does beside the stream.) What is data by now stays dirty, for the next walk.
+        """
         async with self._locks.hold(start, stop):
-            data_start, _ = await self._look(start, stop)
-            stop = min(stop, data_start)
+            stop, _ = await self._look(start, stop)
             if stop > start:
                 number = self._numbered(0)
                 self._link.send(wire.SYNC_ZERO, wire.pack_length(stop - start), sequence=number, offset=start)
                 await self._until(lambda: number not in self._unacknowledged)
-        return stop
+        self._holes -= 1
+        self._settle(start, stop)
+        self._told()
 
     async def _send_piece(self, start: int, stop: int) -> None:
         """Send [start, stop), or ask the target whether it has to be sent."""
@@ -248,12 +264,9 @@ class SyncSource:
             wait_s = self._pace.wait_s(length, self._in_window, self._now())
             if wait_s <= 0:
                 return
-            self._progress.clear()
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(None if wait_s == math.inf else wait_s):
-                    await self._progress.wait()
-            except TimeoutError:
-                continue
+                    await self._something()
 
     # ── settling ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -283,7 +296,7 @@ class SyncSource:
             self._in_window -= length
             now_s = self._now()
             self._pace.acknowledged(length, now_s - sent_s, self._in_window, now_s)
-        self._progress.set()
+        self._told()
 
     def _on_differs(self, flags: int, sequence: int, offset: int, payload: memoryview) -> None:
         """What is equal needs no data, but a flush all the same: the target may have it in its page cache only."""
@@ -310,12 +323,20 @@ class SyncSource:
     def _on_flushed(self, flags: int, sequence: int, offset: int, payload: memoryview) -> None:
         for first, count in self._checkpoints.pop(sequence, ()):
             self._bitmap.clear_range(first, count)
-        self._progress.set()
+        self._told()
 
     async def _until(self, true: Callable[[], bool]) -> None:
         while not true():
-            self._progress.clear()
-            await self._progress.wait()
+            await self._something()
+
+    async def _something(self) -> None:
+        """Return when `_told` is called next; several may wait."""
+        await self._progress.wait()
+
+    def _told(self) -> None:
+        """Something has changed for whoever waits."""
+        self._progress.set()
+        self._progress = asyncio.Event()
 
 
 class SyncTarget:
