@@ -69,7 +69,7 @@ class ResourceSide:
     al_extents: int
     settle_interval_s: float
     settle_bytes: int
-    resync_rate_bytes_s: int | None  # None: unlimited
+    resync_rate_bytes_s: int | None  # None: as clients allow
     on_io_error: str  # "detach" or "pass-on"
     after_split_brain: Policies
     max_nbd_connections: int

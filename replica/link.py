@@ -115,6 +115,12 @@ class PeerLink(asyncio.BufferedProtocol):
                 )
             )
 
+    def send_in_place(self, kind: int, payload: bytes, *, sequence: int, offset: int) -> None:
+        """`send` of a payload that is long enough for a copy to count."""
+        if not self.closed:
+            header = wire.pack_header(kind, payload, 0, 0, sequence, offset, self.integrity and self.open)
+            self._transport.writelines((header, payload))
+
     def send_map(self, kind: int, message: dict[str, Any]) -> None:
         """Send a control frame."""
         self.send(kind, wire.pack_map(message))

@@ -11,7 +11,7 @@ import fcntl
 import os
 import secrets
 import tempfile
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import pairwise
@@ -34,7 +34,9 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-_CHUNK_SECTORS = 2048  # 1 MiB of bitmap per read or write, so that the event loop is not held for long
+#: Of the bitmap per read or write, so that the event loop is not held for long.
+_CHUNK_SECTORS = 512
+_CHUNK_BYTES = _CHUNK_SECTORS * SECTOR_BYTES
 
 
 class MetadataFile(Protocol):
@@ -53,6 +55,24 @@ class MetadataFile(Protocol):
     async def punch(self, offset: int, length: int) -> None: ...
 
     async def next_data(self, offset: int, end: int) -> tuple[int, int]: ...
+
+    async def write_pieces(self, pieces: Sequence[tuple[int, bytes]]) -> None:
+        """`write` them all. (A real file does that in one go; a call for each would take longer than the writing.)"""
+        for offset, data in pieces:
+            await self.write(offset, data)
+
+    async def read_pieces(self, offset: int, end: int, most: int) -> tuple[list[tuple[int, bytes]], int]:
+        """(offset, data) of about the first `most` bytes that are not holes in [offset, end), and where to go on."""
+        pieces: list[tuple[int, bytes]] = []
+        while most > 0 and offset < end:
+            start, stop = await self.next_data(offset, end)
+            start -= start % SECTOR_BYTES
+            stop = min(-(-stop // SECTOR_BYTES) * SECTOR_BYTES, start + most)
+            if start < stop:
+                pieces.append((start, await self.read(start, stop - start)))
+                most -= stop - start
+            offset = stop
+        return pieces, offset
 
 
 class Metadata:
@@ -186,16 +206,12 @@ class Metadata:
         offset, length = self._bitmap_region()
         at, end = offset, offset + length
         while at < end:
-            start, stop = await self._file.next_data(at, end)
-            sector, last = (start - offset) // SECTOR_BYTES, -(-(stop - offset) // SECTOR_BYTES)
-            while sector < last:
-                count = min(last - sector, _CHUNK_SECTORS)
-                data = await self._file.read(offset + sector * SECTOR_BYTES, count * SECTOR_BYTES)
-                for index in range(count):
+            pieces, at = await self._file.read_pieces(at, end, _CHUNK_BYTES)
+            for start, data in pieces:
+                first = (start - offset) // SECTOR_BYTES
+                for index in range(len(data) // SECTOR_BYTES):
                     piece = data[index * SECTOR_BYTES : (index + 1) * SECTOR_BYTES]
-                    bitmap.load_sector(sector + index, superblock.bitmap_epoch, piece)
-                sector += count
-            at = max(stop, at + 1)
+                    bitmap.load_sector(first + index, superblock.bitmap_epoch, piece)
         bitmap.replaced = False
         bitmap.take_changed()
 
@@ -259,13 +275,18 @@ class Metadata:
         offset, _ = self._bitmap_region()
         failed_before = self._failed_flushes
         try:
-            for first, last in _stretches(taken):
+            for at in range(0, len(taken), _CHUNK_SECTORS):
                 if bitmap.replaced:
                     # Its default is no longer the durable one, so sectors encoded now would mean something else.
                     return False
                 epoch = self.superblock.bitmap_epoch
-                data = b"".join(bitmap.encode_sector(index, epoch) for index in range(first, last + 1))
-                await self._file.write(offset + first * SECTOR_BYTES, data)
+                pieces = []
+                for first, last in _stretches(taken[at : at + _CHUNK_SECTORS]):
+                    data = b"".join(bitmap.encode_sector(index, epoch) for index in range(first, last + 1))
+                    pieces.append((offset + first * SECTOR_BYTES, data))
+                await self._file.write_pieces(pieces)
+            if bitmap.replaced:
+                return False
             await self._flush(failed_before)
         except BaseException:
             if not bitmap.replaced:
@@ -275,12 +296,12 @@ class Metadata:
 
 
 def _stretches(sectors: list[int]) -> Iterator[tuple[int, int]]:
-    """(first, last) of neighbouring sectors in an ascending list, at most _CHUNK_SECTORS each."""
+    """(first, last) of neighbouring sectors in an ascending list."""
     if not sectors:
         return
     first = sectors[0]
     for one, following in pairwise(sectors):
-        if following != one + 1 or following - first >= _CHUNK_SECTORS:
+        if following != one + 1:
             yield first, one
             first = following
     yield first, sectors[-1]
@@ -305,8 +326,8 @@ async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
 # ---- for the command line: plain blocking functions
 
 
-class _BlockingFile:
-    """`MetadataFile` on a descriptor, whose methods never suspend; for `_at_once`."""
+class _BlockingFile(MetadataFile):
+    """`MetadataFile` on a descriptor, whose methods never suspend; for `at_once`."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -336,7 +357,7 @@ class _BlockingFile:
         return min(start, end), min(stop, end)
 
 
-def _at_once(work: Coroutine[Any, Any, T]) -> T:
+def at_once(work: Coroutine[Any, Any, T]) -> T:
     """The result of a coroutine that never suspends; needs no event loop, so it may run inside one, too."""
     try:
         work.send(None)
@@ -409,7 +430,7 @@ def _write_new(path: Path, superblock: Superblock) -> None:
     try:
         try:
             os.ftruncate(fd, sum(superblock.bitmap_region()))
-            _at_once(Metadata.format(_BlockingFile(fd), superblock))
+            at_once(Metadata.format(_BlockingFile(fd), superblock))
         finally:
             os.close(fd)
         os.rename(temporary, path)
@@ -432,7 +453,7 @@ def dump_metadata(path: Path) -> dict[str, Any]:
         advice = "make it with 'replicactl create-md'" if error.errno == errno.ENOENT else "check its owner and disk"
         raise MetadataError(f"{path} can't be opened: {error.strerror}: {advice}.") from error
     try:
-        return _at_once(_dump(_BlockingFile(fd), str(path)))
+        return at_once(_dump(_BlockingFile(fd), str(path)))
     except OSError as error:
         raise MetadataError(f"{path} can't be read: {error.strerror}: check its disk.") from error
     finally:

@@ -22,10 +22,11 @@ from replica.hooks import Event, Hooks
 from replica.link import LinkSettings, PeerLink
 from replica.metadata import Superblock
 from replica.peer_volume import PeerVolume
+from replica.progress import SyncProgress
 from replica.runtime import Runtime
 from replica.session import Session
 from replica.states import SYNCING, Connection, Disk, Replication, Role, State, local_disk
-from replica.status import SyncProgress, status_document
+from replica.status import status_document
 from replica.tasks import spawn
 from replica.verbs import Verbs
 from replica.volume import Volume, VolumeSettings
@@ -53,6 +54,7 @@ class Resource:
         self.state = State(on_change=self.changed)
         self._cfg = resource
         self._runtime = runtime
+        self.clock_s = runtime.clock_s
         self._attached: tuple[LocalDisk, Volume] | None = None
         self.failed = False
         self.demoting = False

@@ -1,29 +1,39 @@
 """Resynchronisation: the source walks the bitmap and sends what is dirty; the target applies it.
 
+Where it pays, hashes are sent first, and the target answers which blocks differ (`replica.sync_hash`). How fast it goes
+is decided in `replica.sync_rate`.
+
 The rules this file keeps (docs/architecture, "Cover" and "Resync against application writes"):
 
-* a bit is cleared, on both nodes, only after the target has *flushed* the block;
+* a bit is cleared, on both nodes, only after the target has *flushed* the block, also one that was found to be equal;
 * a block read before an application's write must not be applied after it: reads and sends happen in one step of the
   event loop, or under a range lock that keeps the write back;
 * application writes go on meanwhile, on the same connection, so that order on the wire is order on the target.
 """
 
 import asyncio
+import collections
+import contextlib
+import math
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
-from replica import wire
+from replica import sync_hash, wire
 from replica.bitmap import BLOCK_SHIFT, BLOCK_SIZE, Bitmap, blocks_of
 from replica.link import PeerLink
 from replica.range_lock import RangeLocks
 from replica.store import Store
+from replica.sync_rate import FeedbackRate, FixedRate, Pace
 from replica.tasks import spawn
 
 CHUNK_BYTES: Final = 256 << 10
-#: Sent and not yet acknowledged: bounds how long an application's write can queue behind resync data.
+#: Sent and not yet acknowledged, at most.
 WINDOW_BYTES: Final = 4 << 20
+#: What the disk reads ahead, once it has to be waited for.
+READ_AHEAD_BYTES: Final = 8 << 20
 #: Dirty blocks looked at in one go, and the longest hole sent in one frame.
 RUN_BYTES: Final = 256 << 20
+MOST_HOLES: Final = 8
 #: Shorter holes are sent as data: a round trip each would cost more than it saves.
 MIN_HOLE_BYTES: Final = 64 << 10
 #: A flush on the target is asked for after so much data or time; bits are cleared, and progress shows, at that pace.
@@ -34,19 +44,53 @@ Ranges = list[tuple[int, int]]
 
 
 class SyncSource:
-    """Brings the peer in step over `link`. `run` returns when nothing is dirty; LinkLost ends it early."""
+    """Brings the peer in step over `link`. `run` returns when nothing is dirty; LinkLost ends it early.
+
+    `rate_bytes_s`: a fixed rate; None: what clients hardly feel. `ask`: where it pays, ask the target first which
+    blocks differ (`replica.sync_hash`).
+    """
 
     def __init__(
-        self, link: PeerLink, store: Store, bitmap: Bitmap, locks: RangeLocks, rate_bytes_s: int | None
+        self,
+        link: PeerLink,
+        store: Store,
+        bitmap: Bitmap,
+        locks: RangeLocks,
+        rate_bytes_s: int | None,
+        clock_s: Callable[[], float],
+        *,
+        ask: bool = False,
     ) -> None:
         self._link = link
         self._store = store
         self._bitmap = bitmap
         self._locks = locks
-        self._rate = rate_bytes_s
+        self._pace: Pace = (
+            FeedbackRate(CHUNK_BYTES, WINDOW_BYTES)
+            if rate_bytes_s is None
+            else FixedRate(rate_bytes_s, CHUNK_BYTES, WINDOW_BYTES)
+        )
+        self._sampling = sync_hash.Sampling() if ask else None
+        self._now: Final = clock_s
         self._number = 0
-        self._unacknowledged: dict[int, int] = {}
+        #: Number of a frame -> how much work it is, and when it was sent.
+        self._unacknowledged: dict[int, tuple[int, float]] = {}
         self._in_window = 0
+        #: Number of a question -> the range that it is about.
+        self._asked: dict[int, tuple[int, int]] = {}
+        #: What differs, as the target says.
+        self._wanted: collections.deque[tuple[int, int]] = collections.deque()
+        #: (from, start, stop): a hole from "from" to "start", then data up to "stop"; or so it was a moment ago. To ask
+        #: for each dirty block would be a call in a thread for each.
+        self._known = (0, 0, 0)
+        self._tasks: asyncio.TaskGroup
+        #: Holes that are being sent, each in a task: together they have one round trip, not one each.
+        self._holes = 0
+        #: Where what was read ahead begins and ends, since the first read that had to wait for the disk.
+        self._ahead = (0, 0)
+        #: What was sent as data, and what was found to be equal, since this began.
+        self.data_bytes = 0
+        self.equal_bytes = 0
         self._sent: Ranges = []
         self._sent_bytes = 0
         self._checkpoint_due_s = 0.0
@@ -54,9 +98,10 @@ class SyncSource:
         self._progress = asyncio.Event()
         self._running = asyncio.Event()
         self._running.set()
-        self._next_send_s = 0.0
         link.handlers[wire.SYNC_ACK] = self._on_ack
         link.handlers[wire.SYNC_FLUSHED] = self._on_flushed
+        if ask:
+            link.handlers[wire.SYNC_DIFFERS] = self._on_differs
 
     def pause(self, paused: bool) -> None:
         """Stop sending (what is sent is still settled), or go on."""
@@ -65,16 +110,31 @@ class SyncSource:
         else:
             self._running.set()
 
+    def client_wrote(self, sent_s: float, now_s: float) -> None:
+        """A client's write that went to the peer at `sent_s` is acknowledged (`Volume.time_writes`)."""
+        self._pace.wrote(sent_s, now_s)
+        self._told()
+
     async def run(self) -> None:
-        """Send until no bit is left. Cancel it when the link is lost."""
+        """Send until no bit is left. Cancel it when the link is lost. OSError."""
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                await self._run()
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
+
+    async def _run(self) -> None:
         while self._bitmap.count:
-            cursor = 0
+            cursor, self._known = 0, (0, 0, 0)
             while (run := self._bitmap.next_run(cursor, RUN_BYTES >> BLOCK_SHIFT)) is not None:
                 first, count = run
                 cursor = first + count
                 stop = min(cursor << BLOCK_SHIFT, self._store.size_bytes)
                 await self._send_range(first << BLOCK_SHIFT, stop)
-            await self._until(lambda: not self._unacknowledged)
+            while self._asked or self._wanted:
+                await self._until(lambda: not self._asked or bool(self._wanted))
+                await self._send_wanted()
+            await self._until(lambda: not self._unacknowledged and not self._holes)
             self._checkpoint()
             await self._until(lambda: not self._checkpoints)
 
@@ -86,74 +146,135 @@ class SyncSource:
             await self._running.wait()
             start, data_stop = await self._next_data(position, stop)
             if start - position >= MIN_HOLE_BYTES or start >= stop:
-                piece_stop = await self._send_hole(position, start)
-                self._settle(position, piece_stop)
-                position = piece_stop
+                await self._until(lambda: self._holes < MOST_HOLES)
+                self._holes += 1
+                self._tasks.create_task(self._send_hole(position, start))
+                position = start
                 continue
             while position < data_stop:
-                piece_stop = min(position + CHUNK_BYTES, data_stop)
-                await self._room(piece_stop - position)
-                await self._send_data(position, piece_stop)
-                self._settle(position, piece_stop)
+                piece_stop = min(position + self._pace.piece_bytes(self._now()), data_stop)
+                await self._send_piece(position, piece_stop)
+                await self._send_wanted()
                 position = piece_stop
 
     async def _next_data(self, position: int, stop: int) -> tuple[int, int]:
-        """The store's next data, widened to whole blocks: a bit must not be cleared for half a block."""
+        """The store's next data in [position, stop). It may be known from before: what has become a hole meanwhile may
+        be sent as data, and `_send_hole` makes sure of its hole.
+        """
+        known_from, start, data_stop = self._known
+        if not known_from <= position < data_stop:
+            start, data_stop = await self._look(position, min(position + RUN_BYTES, self._store.size_bytes))
+            self._known = position, start, data_stop
+        return max(position, min(start, stop)), min(data_stop, stop)
+
+    async def _look(self, position: int, stop: int) -> tuple[int, int]:
+        """Ask the store; widened to whole blocks: a bit must not be cleared for half a block."""
         start, data_stop = await self._store.next_data(position, stop)
         if start >= stop:
-            return stop, stop
-        start = max(position, start >> BLOCK_SHIFT << BLOCK_SHIFT)
-        return start, min(stop, (data_stop + BLOCK_SIZE - 1) >> BLOCK_SHIFT << BLOCK_SHIFT)
+            start = data_stop = stop
+        else:
+            start = max(position, start >> BLOCK_SHIFT << BLOCK_SHIFT)
+            data_stop = min(stop, (data_stop + BLOCK_SIZE - 1) >> BLOCK_SHIFT << BLOCK_SHIFT)
+        return start, data_stop
 
-    async def _send_hole(self, start: int, stop: int) -> int:
-        """Send [start, stop) as a hole; returns how far that is still true once writes are kept back."""
+    async def _send_hole(self, start: int, stop: int) -> None:
+        """Send [start, stop) as a hole, as far as that is still true once writes are kept back. (They are until the
+        target has made it, which it does beside the stream.) What is data by now stays dirty, for the next walk.
+        """
         async with self._locks.hold(start, stop):
-            data_start, _ = await self._next_data(start, stop)
-            stop = min(stop, data_start)
+            stop, _ = await self._look(start, stop)
             if stop > start:
                 number = self._numbered(0)
                 self._link.send(wire.SYNC_ZERO, wire.pack_length(stop - start), sequence=number, offset=start)
                 await self._until(lambda: number not in self._unacknowledged)
-        return stop
+        self._holes -= 1
+        self._settle(start, stop)
+        self._told()
+
+    async def _send_piece(self, start: int, stop: int) -> None:
+        """Send [start, stop), or ask the target whether it has to be sent."""
+        if self._sampling is not None and self._sampling.wanted(blocks_of(start, stop - start)[1]):
+            await self._room(stop - start)
+            await self._read_and(self._send_question, start, stop)
+        else:
+            await self._send_data(start, stop)
+
+    async def _send_wanted(self) -> None:
+        """Send what the target has answered that it lacks."""
+        while self._wanted:
+            start, stop = self._wanted.popleft()
+            while start < stop:
+                piece_stop = min(start + self._pace.piece_bytes(self._now()), stop)
+                await self._send_data(start, piece_stop)
+                start = piece_stop
 
     async def _send_data(self, start: int, stop: int) -> None:
+        await self._room(stop - start)
+        await self._read_and(self._send_read, start, stop)
+        self._settle(start, stop)
+
+    async def _read_and(self, send: Callable[[int, bytes], None], start: int, stop: int) -> None:
+        """Read [start, stop) and send it, or something about it, with no write in between."""
         data = None if self._locks.overlaps(start, stop) else self._store.read_now(start, stop - start)
         if data is None:
+            await self._read_ahead(start)
             async with self._locks.hold(start, stop):
-                self._send_read(start, await self._store.read(start, stop - start))
+                send(start, await self._store.read(start, stop - start))
         else:
-            self._send_read(start, data)
+            send(start, data)
         if self._link.congested:
             await self._link.drained()
 
+    async def _read_ahead(self, position: int) -> None:
+        """The disk has to be read: have it read what comes next, too, while that which is read is sent."""
+        ahead_from, ahead_stop = self._ahead
+        if ahead_from <= position < ahead_stop - READ_AHEAD_BYTES // 2:
+            return
+        block = position >> BLOCK_SHIFT
+        run = self._bitmap.next_run(block, READ_AHEAD_BYTES >> BLOCK_SHIFT)
+        if run is not None and run[0] == block:
+            stop = min((block + run[1]) << BLOCK_SHIFT, self._store.size_bytes)
+            self._ahead = position, position + READ_AHEAD_BYTES
+            await self._store.prefetch(position, stop - position)
+
     def _send_read(self, start: int, data: bytes) -> None:
-        self._link.send(wire.SYNC_DATA, data, sequence=self._numbered(len(data)), offset=start)
+        number = self._numbered(len(data))
+        self._pace.sent(len(data), len(data), self._now())
+        self._link.send_in_place(wire.SYNC_DATA, data, sequence=number, offset=start)
         self._sent_bytes += len(data)
+        self.data_bytes += len(data)
+
+    def _send_question(self, start: int, data: bytes) -> None:
+        hashes = sync_hash.digests(data, self._link.session)
+        number = self._numbered(len(data))
+        self._pace.sent(len(data), len(hashes), self._now())
+        self._asked[number] = start, start + len(data)
+        self._link.send(wire.SYNC_HASH, hashes, sequence=number, offset=start)
 
     def _numbered(self, length: int) -> int:
         self._number += 1
-        self._unacknowledged[self._number] = length
+        self._unacknowledged[self._number] = length, self._now()
         self._in_window += length
         return self._number
 
     async def _room(self, length: int) -> None:
         """Wait until `length` bytes may be sent: not paused, window open, rate kept."""
-        await self._running.wait()
-        await self._until(lambda: self._in_window < WINDOW_BYTES)
-        if self._rate is not None:
-            loop = asyncio.get_running_loop()
-            now = loop.time()
-            if self._next_send_s > now:
-                await asyncio.sleep(self._next_send_s - now)
-            self._next_send_s = max(self._next_send_s, now) + length / self._rate
+        while True:
+            await self._running.wait()
+            wait_s = self._pace.wait_s(length, self._in_window, self._now())
+            if wait_s <= 0:
+                return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(None if wait_s == math.inf else wait_s):
+                    await self._something()
 
     # ── settling ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def _settle(self, start: int, stop: int) -> None:
-        """[start, stop) was sent: the next checkpoint, due now or later, is to clear its bits."""
+        """[start, stop) is the same on the target: the next checkpoint, due now or later, is to clear its bits."""
         if start < stop:
             self._sent.append(blocks_of(start, stop - start))
-        if self._sent_bytes >= CHECKPOINT_BYTES or asyncio.get_running_loop().time() >= self._checkpoint_due_s:
+        if self._sent_bytes >= CHECKPOINT_BYTES or self._now() >= self._checkpoint_due_s:
             self._checkpoint()
 
     def _checkpoint(self) -> None:
@@ -163,22 +284,59 @@ class SyncSource:
         self._number += 1
         self._checkpoints[self._number] = self._sent
         self._sent, self._sent_bytes = [], 0
-        self._checkpoint_due_s = asyncio.get_running_loop().time() + CHECKPOINT_INTERVAL_S
+        self._checkpoint_due_s = self._now() + CHECKPOINT_INTERVAL_S
         self._link.send(wire.SYNC_FLUSH, sequence=self._number)
 
     def _on_ack(self, flags: int, sequence: int, offset: int, payload: memoryview) -> None:
-        self._in_window -= self._unacknowledged.pop(sequence, 0)
-        self._progress.set()
+        self._acknowledged(sequence)
+
+    def _acknowledged(self, sequence: int) -> None:
+        length, sent_s = self._unacknowledged.pop(sequence, (0, 0.0))
+        if length:
+            self._in_window -= length
+            now_s = self._now()
+            self._pace.acknowledged(length, now_s - sent_s, self._in_window, now_s)
+        self._told()
+
+    def _on_differs(self, flags: int, sequence: int, offset: int, payload: memoryview) -> None:
+        """What is equal needs no data, but a flush all the same: the target may have it in its page cache only."""
+        if sequence not in self._asked or self._sampling is None:
+            raise wire.ProtocolError("the peer answers a question about blocks that was not asked.")
+        start, stop = self._asked.pop(sequence)
+        blocks = blocks_of(start, stop - start)[1]
+        equal = 0
+        try:
+            for differ, first, count in sync_hash.runs(payload, blocks):
+                run_start = start + (first << BLOCK_SHIFT)
+                run_stop = min(run_start + (count << BLOCK_SHIFT), stop)
+                if differ:
+                    self._wanted.append((run_start, run_stop))
+                else:
+                    equal += count
+                    self.equal_bytes += run_stop - run_start
+                    self._settle(run_start, run_stop)
+        except ValueError as error:
+            raise wire.ProtocolError(f"the peer's answer about blocks could not be read ({error}).") from error
+        self._sampling.learned(equal, blocks)
+        self._acknowledged(sequence)
 
     def _on_flushed(self, flags: int, sequence: int, offset: int, payload: memoryview) -> None:
         for first, count in self._checkpoints.pop(sequence, ()):
             self._bitmap.clear_range(first, count)
-        self._progress.set()
+        self._told()
 
     async def _until(self, true: Callable[[], bool]) -> None:
         while not true():
-            self._progress.clear()
-            await self._progress.wait()
+            await self._something()
+
+    async def _something(self) -> None:
+        """Return when `_told` is called next; several may wait."""
+        await self._progress.wait()
+
+    def _told(self) -> None:
+        """Something has changed for whoever waits."""
+        self._progress.set()
+        self._progress = asyncio.Event()
 
 
 class SyncTarget:
@@ -195,6 +353,7 @@ class SyncTarget:
         link.handlers[wire.SYNC_DATA] = self._on_data
         link.handlers[wire.SYNC_ZERO] = self._on_zero
         link.handlers[wire.SYNC_FLUSH] = self._on_flush
+        link.handlers[wire.SYNC_HASH] = self._on_hash
 
     async def finished(self) -> None:
         """Return when nothing that this link brought is under way any more."""
@@ -216,6 +375,40 @@ class SyncTarget:
         length = wire.unpack_length(payload)
         self._check(offset, length)
         self._start(self._make_hole(sequence, offset, length))
+
+    def _on_hash(self, flags: int, sequence: int, offset: int, payload: memoryview) -> None:
+        try:
+            count = sync_hash.count_of(payload)
+        except ValueError as error:
+            raise wire.ProtocolError(f"a question about blocks could not be read ({error}).") from error
+        length = min(count << BLOCK_SHIFT, self._store.size_bytes - offset)
+        if offset % BLOCK_SIZE or length <= 0 or blocks_of(offset, length)[1] != count:
+            raise wire.ProtocolError(f"a question about {count} blocks at {offset} is beyond the volume's end.")
+        try:
+            data = self._store.read_now(offset, length)
+        except OSError as error:
+            self._disk_failed(error)
+            return
+        if data is None:
+            self._start(self._read_and_compare(sequence, offset, length, bytes(payload)))
+        else:
+            self._compare(sequence, offset, data, payload)
+
+    async def _read_and_compare(self, sequence: int, offset: int, length: int, hashes: bytes) -> None:
+        """(Writes may be applied meanwhile. Both nodes get those, whatever is read of them here.)"""
+        try:
+            data = await self._store.read(offset, length)
+        except OSError as error:
+            self._disk_failed(error)
+            return
+        self._compare(sequence, offset, data, hashes)
+
+    def _compare(self, sequence: int, offset: int, data: bytes, hashes: bytes | memoryview) -> None:
+        answer = sync_hash.differing(sync_hash.digests(data, self._link.session), bytes(hashes))
+        for differ, first, count in sync_hash.runs(answer, sync_hash.count_of(hashes)):
+            if not differ:
+                self._applied.append(((offset >> BLOCK_SHIFT) + first, count))
+        self._link.send(wire.SYNC_DIFFERS, answer, sequence=sequence)
 
     def _on_flush(self, flags: int, sequence: int, offset: int, payload: memoryview) -> None:
         applied, self._applied = self._applied, []

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import secrets
 import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -58,6 +59,9 @@ class Runtime(Protocol):
     async def listen(self, host: str, port: int, factory: ProtocolFactory) -> Listener: ...
 
     async def dial(self, host: str, port: int, local_host: str, factory: ProtocolFactory) -> None: ...
+
+    def clock_s(self) -> float:
+        """What the event loop's clock shows, in fine steps (uvloop's own are milliseconds)."""
 
     def random_bytes(self, count: int) -> bytes: ...
 
@@ -150,6 +154,10 @@ class HostRuntime:
             await connect(factory)
         else:
             await link_tls.dial(self._tls, connect, factory)
+
+    def clock_s(self) -> float:
+        """Seconds, of the same clock as the event loop's."""
+        return time.monotonic()
 
     def random_bytes(self, count: int) -> bytes:
         """Unpredictable bytes."""

@@ -41,7 +41,8 @@ log = logging.getLogger("replica.session")
 HANDSHAKE_TIMEOUT_S: Final = 60.0
 #: How long the peer may take to see that the two copies do not fit together.
 PARTING_TIMEOUT_S: Final = 2.0
-_BITMAP_MESSAGE_BYTES: Final = 256 << 10
+#: Before it is compressed: to pack one, or to merge it, takes about a millisecond.
+BITMAP_MESSAGE_BYTES: Final = 64 << 10
 
 
 class Refusal(ReplicaError):
@@ -76,6 +77,8 @@ class Session:
         self.in_use = False
         self._verdict = ""
         self._discards = False
+        #: The peer can be asked which blocks differ; an older program does not say so.
+        self._peer_compares = False
         link.expect(wire.STATE, wire.BITMAP, wire.SYNC_START, wire.SYNC_READY, wire.SYNC_FINISH, wire.SYNC_DONE)
         link.handlers[wire.UPDATE] = self._on_update
         link.handlers[wire.REQUEST] = self._on_request
@@ -155,6 +158,7 @@ class Session:
                 **resource.facts(),
                 "ran_on": resource.unbroken,
                 "served": resource.served_generation,
+                "sync_hashes": True,
                 "side": pack_side(mine),
             },
         )
@@ -164,6 +168,7 @@ class Session:
             # An UPDATE is taken when it arrives, so it can be seen before the older STATE that waited for us.
             self._take_facts(message)
         peer = unpack_side(resource.peer_name, message.get("side"))
+        self._peer_compares = message.get("sync_hashes") is True
         ran_on, served = wire.field(message, "ran_on", bool), wire.field(message, "served", int)
         if mine is None or peer is None:
             resource.state.change(replication=Replication.OFF)
@@ -249,11 +254,18 @@ class Session:
         in the source's, which is the one that is walked.)
         """
         link, bitmap = self._link, self._resource.disk.bitmap
-        messages = list(bitmap.pack(_BITMAP_MESSAGE_BYTES)) or [b""]
-        for number, message in enumerate(messages, 1):
-            link.send(wire.BITMAP, message, flags=wire.FLAG_LAST if number == len(messages) else 0)
-            await link.drained()
+        packing = bitmap.pack(BITMAP_MESSAGE_BYTES)
+        message, following = next(packing, b""), next(packing, None)
         while True:
+            link.send(wire.BITMAP, message, flags=wire.FLAG_LAST if following is None else 0)
+            # What is drained at once lets nobody else have a turn: a large bitmap must not hold up clients and PINGs.
+            await asyncio.sleep(0)
+            await link.drained()
+            if following is None:
+                break
+            message, following = following, next(packing, None)
+        while True:
+            await asyncio.sleep(0)
             flags, _, _, payload = await link.receive(wire.BITMAP)
             if payload:
                 try:
@@ -300,8 +312,12 @@ class Session:
             resource.disk.bitmap,
             resource.volume.admission.locks,
             resource.settings.resync_rate_bytes_s,
+            resource.clock_s,
+            # A copy that is new, or was declared bad, gets every block.
+            ask=self._peer_compares and not verdict.full,
         )
         resource.volume.start_mirroring(self._link)
+        resource.volume.time_writes(self._source.client_wrote, resource.clock_s)
         resource.begin_sync(Replication.SYNC_SOURCE)
         resource.hooks.fire(Event.BEFORE_RESYNC_SOURCE, self._verdict)
         self.apply_pause()
@@ -352,7 +368,11 @@ class Session:
 
     async def _run_source(self, source: SyncSource) -> None:
         resource = self._resource
-        await source.run()
+        try:
+            await source.run()
+        finally:
+            if resource.attached:
+                resource.volume.time_no_writes()
         await self._count_peer_in()
         # From SYNC_DONE on the peer may be promoted, and then its writes come here.
         self.start_mirror()
@@ -363,6 +383,12 @@ class Session:
         resource.end_sync()
         resource.unbroken = True
         resource.state.change(replication=Replication.ESTABLISHED, peer_disk=Disk.UP_TO_DATE)
+        log.info(
+            "%s: the resync is complete: %d bytes of data were sent, %d were equal",
+            resource.name,
+            source.data_bytes,
+            source.equal_bytes,
+        )
         resource.hooks.fire(Event.AFTER_RESYNC_SOURCE, "the resync is complete.")
 
     async def _clear_bitmap(self) -> None:
@@ -468,6 +494,9 @@ class Session:
             (Replication.SYNC_TARGET, Replication.PAUSED_SYNC_T),
         ):
             if state.replication in (running, pausing):
+                if state.replication is pausing and not paused and self._resource.progress is not None:
+                    now_s = asyncio.get_running_loop().time()
+                    self._resource.progress.resumed(self._resource.disk.bitmap.count, now_s)
                 state.change(replication=pausing if paused else running)
 
     def _on_update(self, flags: int, sequence: int, offset: int, payload: memoryview) -> None:

@@ -1,22 +1,14 @@
 """The status document of a resource: what `replicactl status --json` shows."""
 
 import asyncio
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from replica.bitmap import BLOCK_SIZE
 from replica.config_tls import Tls
+from replica.states import Replication
 
 if TYPE_CHECKING:
     from replica.resource import Resource
-
-
-@dataclass(frozen=True)
-class SyncProgress:
-    """Where a resync began: dirty blocks and loop time in seconds."""
-
-    total_blocks: int
-    began_s: float
 
 
 def status_document(resource: "Resource") -> dict[str, Any]:
@@ -82,12 +74,11 @@ def _progress(resource: "Resource") -> dict[str, Any]:
     if progress is None or not resource.attached:
         return {**empty, "resync_total_bytes": 0}
     left = resource.disk.bitmap.count
-    done = max(0, progress.total_blocks - left)
-    elapsed_s = asyncio.get_running_loop().time() - progress.began_s
-    rate = done * BLOCK_SIZE / elapsed_s if done and elapsed_s > 0 else 0.0
+    paused = resource.state.replication in (Replication.PAUSED_SYNC_S, Replication.PAUSED_SYNC_T)
+    rate = 0.0 if paused else progress.rate_bytes_s(left, asyncio.get_running_loop().time())
     return {
         "resync_total_bytes": progress.total_blocks * BLOCK_SIZE,
-        "done_percent": round(100.0 * done / progress.total_blocks, 1) if progress.total_blocks else 100.0,
+        "done_percent": progress.done_percent(left),
         "eta_seconds": round(left * BLOCK_SIZE / rate, 1) if rate else None,
         "resync_rate_bytes_s": round(rate),
     }

@@ -8,13 +8,14 @@ thread.
 import asyncio
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from nbdserver.blockfile import BlockFile
 from replica.group_commit import GroupCommit
+from replica.metadata import MetadataFile, at_once
 
 T = TypeVar("T")
 
@@ -112,11 +113,37 @@ class FileStore:
         self._file.close()
 
 
-class FileOfMetadata:
+class _Here(MetadataFile):
+    """A metadata file in whatever thread it is called in: its methods block and never suspend."""
+
+    def __init__(self, file: BlockFile) -> None:
+        self._file = file
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Beyond its end a sparse metadata file reads as zeroes, like any hole in it."""
+        present = max(0, min(length, os.fstat(self._file.fd).st_size - offset))
+        data = self._file.read(offset, present) if present else b""
+        return data + bytes(length - len(data))
+
+    async def write(self, offset: int, data: bytes) -> None:
+        self._file.write_now(offset, data)
+
+    async def flush(self) -> None:
+        self._file.flush()
+
+    async def punch(self, offset: int, length: int) -> None:
+        self._file.zero(offset, length, True)
+
+    async def next_data(self, offset: int, end: int) -> tuple[int, int]:
+        return self._file.next_data(offset, end)
+
+
+class FileOfMetadata(MetadataFile):
     """`replica.metadata.MetadataFile` on a real file: plain positional I/O in one thread, in order."""
 
     def __init__(self, file: BlockFile) -> None:
         self._file = file
+        self._here = _Here(file)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="metadata")
 
     @classmethod
@@ -124,36 +151,36 @@ class FileOfMetadata:
         """Open and lock the metadata file; raises BlockFileError with a sentence."""
         return cls(BlockFile.open(path))
 
-    def _run(self, call: Callable[..., T], *args: object) -> "asyncio.Future[T]":
-        return asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
+    def _in_thread(self, work: Coroutine[Any, Any, T]) -> "asyncio.Future[T]":
+        return asyncio.get_running_loop().run_in_executor(self._thread, at_once, work)
 
     async def read(self, offset: int, length: int) -> bytes:
-        return await self._run(self._read_padded, offset, length)
+        return await self._in_thread(self._here.read(offset, length))
 
     async def write(self, offset: int, data: bytes) -> None:
-        await self._run(self._file.write_now, offset, data)
+        await self._in_thread(self._here.write(offset, data))
 
     async def flush(self) -> None:
-        await self._run(self._file.flush)
+        await self._in_thread(self._here.flush())
 
     async def forget_cache(self) -> None:
-        await self._run(self._file.forget_cache)
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._file.forget_cache)
 
     async def punch(self, offset: int, length: int) -> None:
-        await self._run(self._file.zero, offset, length, True)
+        await self._in_thread(self._here.punch(offset, length))
 
     async def next_data(self, offset: int, end: int) -> tuple[int, int]:
-        return await self._run(self._file.next_data, offset, end)
+        return await self._in_thread(self._here.next_data(offset, end))
+
+    async def write_pieces(self, pieces: Sequence[tuple[int, bytes]]) -> None:
+        await self._in_thread(self._here.write_pieces(pieces))
+
+    async def read_pieces(self, offset: int, end: int, most: int) -> tuple[list[tuple[int, bytes]], int]:
+        return await self._in_thread(self._here.read_pieces(offset, end, most))
 
     def close(self) -> None:
         self._thread.shutdown(wait=True)
         self._file.close()
-
-    def _read_padded(self, offset: int, length: int) -> bytes:
-        """Beyond its end a sparse metadata file reads as zeroes, like any hole in it."""
-        present = max(0, min(length, os.fstat(self._file.fd).st_size - offset))
-        data = self._file.read(offset, present) if present else b""
-        return data + bytes(length - len(data))
 
 
 def backing_fingerprint(file: BlockFile) -> str:

@@ -38,6 +38,7 @@ from replica.metadata import Metadata
 from replica.store import FailedStore, Store
 from replica.tasks import spawn
 from replica.unsettled import COUNT_BITS, Unsettled
+from replica.write_times import Timed, WriteTimes
 
 log = logging.getLogger("replica.volume")
 
@@ -103,6 +104,9 @@ class Volume:
         self._disk_failed = disk_failed
         self._use(store)
         self._link: PeerLink | None = None
+        #: How writes go to the peer: by its link, or timed on their way.
+        self._send_writes: Callable[[Sequence[bytes | memoryview]], bool]
+        self._write_times: WriteTimes | None = None
         self._sequence = 0
         self._in_flight: collections.deque[tuple[int, _Answer]] = collections.deque()
         self._asked: dict[int, asyncio.Future[bool]] = {}
@@ -135,9 +139,24 @@ class Volume:
         what differs in the bitmap and started a resync.
         """
         self._link = link
+        self._write_times = None
+        self._send_writes = link.send_buffers
         link.handlers[wire.DONE] = self._on_done
         link.handlers[wire.APPLIED] = self._on_acknowledged if self.settings.protocol == "C" else _ignore
         link.handlers[wire.RECEIVED] = self._on_acknowledged if self.settings.protocol == "B" else _ignore
+
+    def time_writes(self, timed: Timed, clock_s: Callable[[], float]) -> None:
+        """Tell `timed` what mirrored writes take, from now on and as long as this link is mirrored to."""
+        assert self._link is not None
+        self._write_times = WriteTimes(self._link, lambda: self._sequence, timed, clock_s)
+        self._send_writes = self._write_times.send_buffers
+
+    def time_no_writes(self) -> None:
+        """From now on it costs nothing."""
+        times, self._write_times = self._write_times, None
+        if times is not None and self._link is not None:
+            times.end()
+            self._send_writes = self._link.send_buffers
 
     def stop_mirroring(self) -> None:
         """The link is gone. What the peer may lack becomes dirty; what waited for it waits for the record instead."""
@@ -250,7 +269,7 @@ class Volume:
             total += length
         self._sequence = sequence
         # The peer first: it works while the local writes are done.
-        keeps = link.send_buffers(buffers)
+        keeps = self._send_writes(buffers)
         errors = self._write_local(writes)
         if self.settings.protocol == "A" and not self.handed_over:
             answer = (done, errors, len(writes))

@@ -74,6 +74,10 @@ READ_DATA: Final = 0x33  # the answer, same sequence; FLAG_ERROR: offset = errno
 YIELD: Final = 0x34  # Primary: end; everything sent before is answered
 YIELDED: Final = 0x35  # both copies are flushed and no extent is hot on this side any more
 
+# Resynchronisation, if the target's STATE says "sync_hashes": which blocks have to be sent at all.
+SYNC_HASH: Final = 0x3E  # source: offset of the first block, payload = the blocks' hashes (replica.sync_hash)
+SYNC_DIFFERS: Final = 0x3F  # target: the answer, same sequence; payload = one bit for each block, 1: it differs
+
 FLAG_PUNCH: Final = 0x01
 FLAG_LAST: Final = 0x02
 FLAG_TARGET: Final = 0x04

@@ -1,6 +1,7 @@
 """A node dies or hangs, with and without load: no client of the survivor notices, and the copies meet again."""
 
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -75,6 +76,25 @@ def test_a_primary_that_returns_gets_what_was_hot_and_no_more(libnbd: Any, new_c
     node2.ctl("resume-sync")
     cluster.wait_in_sync()
     cluster.check_identical()
+
+
+def test_of_what_was_hot_only_what_differs_is_sent(
+    libnbd: Any, new_cluster: Callable[..., Cluster], rng: random.Random
+) -> None:
+    cluster = new_cluster(size_bytes=64 * MIB).up()
+    node1, node2 = cluster.nodes
+    node1.write(0, rng.randbytes(12 * MIB))
+    cluster.quiesce()
+    node1.kill9()
+    node2.wait_alone()
+    node2.ctl("promote")
+    node2.write(MIB, rng.randbytes(8192))
+    node2.write(6 * MIB + 4096, rng.randbytes(4096))
+    node1.start()
+    cluster.wait_in_sync()
+    cluster.quiesce().check_identical()
+    sent, equal = map(int, re.findall(r"complete: (\d+) bytes of data were sent, (\d+) were equal", node2.log())[-1])
+    assert (sent, sent + equal) == (12288, 12 * MIB)
 
 
 def test_a_clean_stop_of_the_primary_needs_no_resync(pair: Cluster) -> None:

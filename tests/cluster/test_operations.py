@@ -166,6 +166,28 @@ def test_a_resync_can_be_paused_from_either_side(slow_pair: Cluster) -> None:
     slow_pair.quiesce().check_identical()
 
 
+def test_a_resync_that_gives_way_to_clients_can_be_paused(libnbd: Any, pair: Cluster, rng: random.Random) -> None:
+    node1, node2 = pair.nodes
+    old = rng.randbytes(8 * MIB)
+    node1.write(0, old)
+    done(node2, "disconnect")
+    node1.write(0, old[:MIB] + rng.randbytes(MIB))  # the log of a crash would say no more than that all of it is dirty
+    node1.write(2 * MIB, old[2 * MIB :])
+    done(node2, "pause-sync")
+    done(node2, "connect")
+    volume = node1.wait_replication("PausedSyncS")["volumes"][0]
+    assert (volume["done_percent"], volume["resync_rate_bytes_s"], volume["eta_seconds"]) == (0.0, 0, None)
+    node1.write(12 * MIB, b"3" * MIB)
+    assert node1.volume()["out_of_sync_bytes"] == 8 * MIB
+    load = Load(Model(pair.size_bytes), lambda: open_nbd(node1), rng)
+    load.wait_done(50)
+    done(node2, "resume-sync")
+    pair.wait_in_sync()
+    load.finish()
+    assert not load.errors
+    pair.quiesce().check_identical()
+
+
 # ── takeover ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -5,7 +5,7 @@ import contextlib
 from dataclasses import replace
 from typing import Any
 
-from replica import auth, wire
+from replica import auth, sync_hash, wire
 from replica.bitmap import BLOCK_SIZE, Bitmap
 from replica.control import ControlError, _read_request
 from replica.generation import Generations, Side, decide
@@ -68,6 +68,14 @@ class MemoryStore:
     def write_now(self, offset: int, data: bytes | memoryview) -> None:
         self._in_range(offset, len(data))
         self._data[offset : offset + len(data)] = data
+
+    def read_now(self, offset: int, length: int) -> bytes | None:
+        self._in_range(offset, length)
+        return bytes(self._data[offset : offset + length]) if length <= 8192 else None
+
+    async def read(self, offset: int, length: int) -> bytes:
+        self._in_range(offset, length)
+        return bytes(self._data[offset : offset + length])
 
     async def write_durable(self, offset: int, data: bytes) -> None:
         self.write_now(offset, data)
@@ -227,6 +235,9 @@ def maps(data: bytes) -> None:
     with contextlib.suppress(ValueError):
         bitmap.merge_packed(data)
     assert bitmap.count <= bitmap.blocks
+    with contextlib.suppress(ValueError):
+        blocks = sync_hash.count_of(data)
+        assert sum(count for _, _, count in sync_hash.runs(data[: -(-blocks // 8)], blocks)) == blocks
     for read in (wire.unpack_map, wire.unpack_length, lambda payload: auth.check_hello(ME, payload)):
         try:
             read(data)

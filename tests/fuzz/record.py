@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgpack
 
-from replica import auth, wire
+from replica import auth, sync_hash, wire
 from replica.bitmap import BLOCK_SIZE, Bitmap
 from replica.heartbeat.node_state import Claim, GroupState, NodeState, Phase, Readiness, Ready, Status
 from replica.side_message import pack_side
@@ -184,6 +184,14 @@ def _made_by_hand() -> None:
         )
     )
     _keep("peer-frames", "resync", b"\x0a" + resync)
+    questions = b"".join(
+        (
+            wire.pack(wire.SYNC_HASH, sync_hash.digests(bytes(BLOCK_SIZE), 1), sequence=1, offset=BLOCK_SIZE),
+            wire.pack(wire.SYNC_HASH, sync_hash.digests(bytes(3 * BLOCK_SIZE), 1), sequence=2),
+            wire.pack(wire.SYNC_FLUSH, sequence=3),
+        )
+    )
+    _keep("peer-frames", "questions", b"\x08" + questions)
     state = {"role": "Primary", "disk": "UpToDate", "paused": False, "ran_on": False, "served": 0}
     _keep("peer-state", "state", wire.pack_map({**state, "side": pack_side(peer_target.MINE)}))
     # Found by the fuzzer, or beside what it found: numbers that no superblock can hold.

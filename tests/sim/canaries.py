@@ -73,6 +73,27 @@ def _resyncs(scenario: Scenario, rng: random.Random) -> None:
         data.read_s = 0.005
 
 
+def _questions(scenario: Scenario, rng: random.Random) -> None:
+    """Resyncs that ask first, by blocks, on links that break, with power cuts."""
+    _resyncs(scenario, rng)
+    scenario.constants |= {("sync_hash", "LEAST_BLOCKS"): 1, ("sync_hash", "WORTH_SHARE"): 0.0}
+    scenario.fault_rates["power"] = rng.choice((0.5, 1.5))
+
+
+def _slow_questions(scenario: Scenario, rng: random.Random) -> None:
+    """The same, slowly, and nothing else has the target flush: what was equal stays in its page cache for long."""
+    _questions(scenario, rng)
+    scenario.side |= {"settle_interval_s": 5.0, "settle_bytes": 1 << 20, "resync_rate_bytes_s": 64 << 10}
+    scenario.mix = [("write", 0.8), ("read", 0.2)]
+    scenario.constants |= {("resync", "CHECKPOINT_BYTES"): 4 << 20, ("resync", "CHECKPOINT_INTERVAL_S"): 5.0}
+    scenario.al_slots = scenario.most_extents = scenario.side["al_extents"] = 4
+    scenario.fault_rates = {**dict.fromkeys(scenario.fault_rates, 0.0), "reset": 2.0, "power": 1.5}
+    scenario.verb_rates = dict.fromkeys(scenario.verb_rates, 0.0)
+    scenario.size_bytes, scenario.locality = 512 << 10, 0.0
+    for data, _ in scenario.disk.values():
+        data.write_back = 0.0
+
+
 def _failover(scenario: Scenario, rng: random.Random) -> None:
     """The peer takes over at once, while the old Primary's slow writes are still under way."""
     _plain(scenario, rng)
@@ -350,8 +371,8 @@ CANARIES = (
         "bitmap-stretch-lost",
         "of the changed sectors of the bitmap only the first ones that are neighbours are written",
         "replica.metadata:Metadata._write_sectors",
-        "in _stretches(taken):",
-        "in list(_stretches(taken))[:1]:",
+        "in _stretches(taken[at : at + _CHUNK_SECTORS]):",
+        "in list(_stretches(taken[at : at + _CHUNK_SECTORS]))[:1]:",
     ),
     Canary(
         "inconsistent-not-recorded",
@@ -386,10 +407,51 @@ CANARIES = (
     Canary(
         "resync-overwrites-write",
         "a resync block is read while writes to it go on",
-        "replica.resync:SyncSource._send_data",
+        "replica.resync:SyncSource._read_and",
         "async with self._locks.hold(start, stop):",
         "if True:",
         _resyncs,
+    ),
+    Canary(
+        "equal-not-flushed",
+        "a block that is equal on both nodes counts as clean although the target has not flushed it",
+        "replica.resync:SyncSource._on_differs",
+        "self._settle(run_start, run_stop)",
+        "self._bitmap.clear_range(*blocks_of(run_start, run_stop - run_start))",
+        _slow_questions,
+        (
+            (
+                "replica.resync:SyncTarget._compare",
+                "self._applied.append(((offset >> BLOCK_SHIFT) + first, count))",
+                "self._bitmap.clear_range((offset >> BLOCK_SHIFT) + first, count)",
+            ),
+        ),
+    ),
+    Canary(
+        "different-taken-for-equal",
+        "a block whose hash differs is not sent",
+        "replica.resync:SyncSource._on_differs",
+        "                if differ:",
+        "                if False:",
+        _questions,
+    ),
+    Canary(
+        "question-kept-for-answer",
+        "what was read for the question is sent when the answer comes, over what was written meanwhile",
+        "replica.resync:SyncSource._send_question",
+        "        self._asked[number] = start, start + len(data)",
+        "        self._asked[number] = start, start + len(data)\n"
+        "        kept = {start + at: data[at : at + BLOCK_SIZE] for at in range(0, len(data), BLOCK_SIZE)}\n"
+        '        vars(self).setdefault("kept", {}).update(kept)',
+        _questions,
+        (
+            (
+                "replica.resync:SyncSource._send_wanted",
+                "await self._send_data(start, piece_stop)",
+                "self._send_read(start, b''.join(self.kept[at] for at in range(start, piece_stop, BLOCK_SIZE)))"
+                "; self._settle(start, piece_stop)",
+            ),
+        ),
     ),
     Canary(
         "dead-session-applied",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbdserver.blockfile import LostWriteError
 from replica.group_commit import GroupCommit
+from replica.metadata import MetadataFile
 from tests.sim.loop import MachineDied, World
 
 if TYPE_CHECKING:
@@ -382,7 +383,7 @@ class SimStore(_File):
             await self._commit.flush()
 
 
-class SimMetadataFile(_File):
+class SimMetadataFile(_File, MetadataFile):
     """`replica.metadata.MetadataFile`: one thread, in order."""
 
     def __init__(self, incarnation: "Incarnation", disk: SimDisk) -> None:

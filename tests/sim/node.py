@@ -76,6 +76,9 @@ class SimRuntime:
     async def dial(self, host: str, port: int, local_host: str, factory: Callable[[], asyncio.BaseProtocol]) -> None:
         await self._incarnation.machine.network.dial(self._incarnation, host, port, factory)
 
+    def clock_s(self) -> float:
+        return self._incarnation.loop.time()
+
     def random_bytes(self, count: int) -> bytes:
         return self._rng.randbytes(count)
 

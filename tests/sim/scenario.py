@@ -173,6 +173,7 @@ def draw(seed: int, bias: Callable[[Scenario, random.Random], None] | None = Non
         rot=rng.choice((0.0, 0.0, 0.2)),
     )
     scenario.constants |= _bitmap(scenario.rng("bitmap"))
+    scenario.constants |= _pace(scenario.rng("pace"))
     scenario.side["al_extents"] = al_slots
     scenario.side["protocol"] = scenario.protocol
     sizes = scenario.rng("sizes")
@@ -213,6 +214,17 @@ def _bitmap(rng: random.Random) -> dict[tuple[str, str], int | float]:
         return {}
     bits = rng.choice((1, 5, 8, 24, 60))
     return {("bitmap", "SECTOR_BITS"): bits, ("bitmap", "_FULL"): (1 << bits) - 1}
+
+
+def _pace(rng: random.Random) -> dict[tuple[str, str], int | float]:
+    """What a resync asks about before it sends, and how soon clients count as gone."""
+    return {
+        ("sync_hash", "LEAST_BLOCKS"): rng.choice((1, 1, 2, 4, 1 << 30)),
+        ("sync_hash", "WORTH_SHARE"): rng.choice((0.0, 0.25, 0.25, 0.9)),
+        ("sync_hash", "SAMPLE_EVERY"): rng.choice((2, 16)),
+        ("sync_rate", "CLIENTS_GONE_S"): rng.choice((0.01, 0.1, 3.0)),
+        ("sync_rate", "PIECE_BYTES"): rng.choice((4 << 10, 8 << 10)),
+    }
 
 
 def _side(rng: random.Random) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def test_configuration_has_the_default_of(key: str) -> None:
     if setting.default is config._REQUIRED:
         assert text == "required"
     elif setting.default is None:
-        assert text == "unlimited"
+        assert text == "as clients allow"
     else:
         assert setting.parse(tomllib.loads(f"value = {text.strip('`')}")["value"]) == setting.default
 

@@ -20,7 +20,8 @@ import xxhash
 from replica.activity_log import DEFAULT_SLOTS
 from replica.bitmap import SECTOR_BITS, Bitmap
 from replica.generation import MAX_ID, Generations
-from replica.metadata import Metadata, MetadataError, create_metadata, dump_metadata
+from replica.metadata import Metadata, MetadataError, MetadataFile, create_metadata, dump_metadata
+from replica.store import FileOfMetadata
 from replica.superblock import PeerRecord, Superblock, encode
 
 GIB = 1 << 30
@@ -29,7 +30,7 @@ Image = dict[int, bytes]  # disk sector -> its bytes; a missing one is all zero
 Op = tuple[str, int, bytes]
 
 
-class FakeDisk:
+class FakeDisk(MetadataFile):
     """A file of 512-byte sectors that records what is done to it, and fails when told to."""
 
     def __init__(self, image: Image | None = None) -> None:
@@ -463,7 +464,29 @@ def test_a_long_bitmap_is_written_in_pieces() -> None:
         bitmap = await loaded_bitmap(metadata)
         bitmap.set_range(5, bitmap.blocks - 5)
         await metadata.save_bitmap(bitmap)
-        assert [len(op[2]) // SECTOR for op in disk.ops if op[0] == "write"] == [2048, 952]
+        assert [len(op[2]) // SECTOR for op in disk.ops if op[0] == "write"] == [512] * 5 + [440]
+
+    run(work)
+
+
+def test_a_bitmap_on_a_real_file_is_the_same_again(tmp_path: Path) -> None:
+    async def work() -> None:
+        rng = random.Random(5)
+        path = tmp_path / "r0-0.md"
+        create(path, size_bytes=40 << 40)
+        file = FileOfMetadata.open(path)
+        metadata = await Metadata.load(file)
+        bitmap = await loaded_bitmap(metadata)
+        bitmap.set_range(0, 1)
+        bitmap.set_range(bitmap.blocks - 1, 1)
+        bitmap.set_range(12 * SECTOR_BITS - 5, 900 * SECTOR_BITS)
+        for _ in range(1500):
+            bitmap.set_range(rng.randrange(bitmap.blocks), 1)
+        await metadata.save_bitmap(bitmap)
+        again = await loaded_bitmap(metadata)
+        assert again.count == bitmap.count
+        assert list(again.export_sectors()) == list(bitmap.export_sectors())
+        file.close()
 
     run(work)
 

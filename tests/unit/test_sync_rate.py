@@ -1,0 +1,151 @@
+"""The pace of a resync, on a model of a target that has one queue and works off so many bytes per second."""
+
+import math
+from collections import deque
+
+import pytest
+
+from replica.sync_rate import LEAST_BYTES_S, LIMIT, PIECE_BYTES, QUEUE_S, FeedbackRate, FixedRate, Pace
+
+MIB = 1 << 20
+CHUNK_BYTES, WINDOW_BYTES = 256 << 10, 4 * MIB
+STEP_S = 1e-5
+
+
+class Model:
+    """Resync pieces and a client's writes wait in one queue; what is worked off is acknowledged `trip_s` later."""
+
+    def __init__(self, pace: Pace, bytes_s: float, trip_s: float = 1e-4) -> None:
+        self.pace = pace
+        self.bytes_s = bytes_s
+        self.trip_s = trip_s
+        self.now_s = 100.0
+        self._free_s = 0.0
+        self._pieces: deque[tuple[float, float, int]] = deque()
+        self._write: tuple[float, float] | None = None
+        self._next_write_s = 0.0
+        self.in_flight = 0
+        self.most_in_flight = 0
+        self.synced_bytes = 0
+        self.latencies: list[float] = []
+
+    def run(self, seconds: float, write_every_s: float = math.inf) -> "Model":
+        """`write_every_s`: from the answer to one write to the next one."""
+        self._next_write_s = self.now_s if write_every_s < math.inf else math.inf
+        self.latencies.clear()
+        self.synced_bytes = self.most_in_flight = 0
+        end_s = self.now_s + seconds
+        while self.now_s < end_s:
+            self._step(write_every_s)
+            self.now_s += STEP_S
+        return self
+
+    def _step(self, write_every_s: float) -> None:
+        now_s, pace = self.now_s, self.pace
+        while self._pieces and self._pieces[0][0] <= now_s:
+            _, sent_s, length = self._pieces.popleft()
+            self.in_flight -= length
+            self.synced_bytes += length
+            pace.acknowledged(length, now_s - sent_s, self.in_flight, now_s)
+        if self._write is not None and self._write[0] <= now_s:
+            sent_s = self._write[1]
+            self._write = None
+            self.latencies.append(now_s - sent_s)
+            pace.wrote(sent_s, now_s)
+            self._next_write_s = now_s + write_every_s
+        length = pace.piece_bytes(now_s)
+        while pace.wait_s(length, self.in_flight, now_s) <= 0:
+            self.in_flight += length
+            self._pieces.append((self._through(length), now_s, length))
+            pace.sent(length, length, now_s)
+            length = pace.piece_bytes(now_s)
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        if self._write is None and now_s >= self._next_write_s:
+            self._write = self._through(4096), now_s
+
+    def _through(self, length: int) -> float:
+        self._free_s = max(self._free_s, self.now_s) + length / self.bytes_s
+        return self._free_s + self.trip_s
+
+    def slowed(self, without_s: float) -> float:
+        return sum(latency > LIMIT * without_s for latency in self.latencies) / len(self.latencies)
+
+
+def feedback() -> FeedbackRate:
+    return FeedbackRate(CHUNK_BYTES, WINDOW_BYTES)
+
+
+@pytest.mark.parametrize("bytes_s", [30e6, 100e6, 300e6])
+def test_without_clients_the_target_is_never_idle_and_the_queue_short(bytes_s: float) -> None:
+    model = Model(feedback(), bytes_s).run(0.5)
+    model.run(0.5)
+    assert model.synced_bytes > 0.95 * bytes_s * 0.5
+    assert model.most_in_flight < bytes_s * (2 * QUEUE_S) + 2 * CHUNK_BYTES
+
+
+def test_without_clients_a_fast_target_gets_the_whole_window() -> None:
+    model = Model(feedback(), 5e9, trip_s=2e-3).run(0.5)
+    assert model.most_in_flight > 0.9 * WINDOW_BYTES
+    assert model.most_in_flight <= WINDOW_BYTES
+
+
+@pytest.mark.parametrize("bytes_s", [30e6, 100e6, 500e6, 2e9])
+def test_few_writes_of_a_client_are_slowed_down(bytes_s: float) -> None:
+    without_s = 4096 / bytes_s + 1e-4
+    model = Model(feedback(), bytes_s).run(1)
+    model.run(3, write_every_s=5e-5)
+    assert model.slowed(without_s + STEP_S) < 0.12
+    assert model.synced_bytes > 3 * 0.8 * LEAST_BYTES_S
+
+
+def test_a_target_that_is_fast_enough_for_both_is_used() -> None:
+    model = Model(feedback(), 2e9, trip_s=5e-4).run(2, write_every_s=5e-5)
+    model.run(2, write_every_s=5e-5)
+    assert model.synced_bytes > 2 * 200e6
+
+
+def test_the_resync_does_not_starve() -> None:
+    """A piece takes long in relation to a write, so that every one is felt: it gets what it gets at least."""
+    model = Model(feedback(), 10e6).run(2, write_every_s=1e-5)
+    model.run(4, write_every_s=1e-5)
+    assert 0.7 * LEAST_BYTES_S < model.synced_bytes / 4 < 1.3 * LEAST_BYTES_S
+
+
+def test_after_the_clients_have_gone_everything_is_used_again() -> None:
+    model = Model(feedback(), 100e6).run(2, write_every_s=1e-5)
+    held_back = model.run(2, write_every_s=1e-5).synced_bytes
+    model.run(4)
+    assert model.run(1).synced_bytes > 0.95 * 100e6 > 4 * held_back / 2
+
+
+def test_the_first_write_makes_the_pieces_small() -> None:
+    pace = feedback()
+    assert pace.piece_bytes(1.0) == CHUNK_BYTES
+    pace.wrote(1.0, 1.001)
+    assert pace.piece_bytes(1.002) == PIECE_BYTES
+    assert pace.window_bytes <= PIECE_BYTES
+
+
+def test_a_long_way_is_no_reason_to_starve() -> None:
+    """Rests are a small part of the time, however long a write takes, and one piece at a time would be too little."""
+    model = Model(feedback(), 100e6, trip_s=0.1).run(3, write_every_s=1e-3)
+    assert model.run(3, write_every_s=1e-3).synced_bytes > 3 * 0.8 * LEAST_BYTES_S
+
+
+def test_a_fixed_rate_is_kept_whatever_clients_do() -> None:
+    model = Model(FixedRate(8 * MIB, CHUNK_BYTES, WINDOW_BYTES), 1e9).run(2, write_every_s=1e-4)
+    assert model.synced_bytes == pytest.approx(2 * 8 * MIB, rel=0.05)
+
+
+def test_a_fixed_rate_counts_what_goes_over_the_wire() -> None:
+    pace = FixedRate(1024, CHUNK_BYTES, WINDOW_BYTES)
+    pace.sent(CHUNK_BYTES, 1024, 10.0)
+    pace.acknowledged(CHUNK_BYTES, 0.001, 0, 10.001)
+    assert pace.wait_s(CHUNK_BYTES, 0, 10.25) == pytest.approx(0.75)
+    assert pace.wait_s(CHUNK_BYTES, 0, 11.0) == 0
+
+
+def test_a_fixed_rate_has_a_window_too() -> None:
+    pace = FixedRate(1 << 40, CHUNK_BYTES, WINDOW_BYTES)
+    assert pace.wait_s(CHUNK_BYTES, WINDOW_BYTES - CHUNK_BYTES, 1.0) == 0
+    assert pace.wait_s(CHUNK_BYTES, WINDOW_BYTES - 1, 1.0) == math.inf
