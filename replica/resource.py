@@ -28,6 +28,7 @@ from replica.states import SYNCING, Connection, Disk, Replication, Role, State, 
 from replica.status import SyncProgress, status_document
 from replica.tasks import spawn
 from replica.verbs import Verbs
+from replica.verify_report import VerifyProgress, VerifyResult
 from replica.volume import Volume, VolumeSettings
 
 log = logging.getLogger("replica.resource")
@@ -77,6 +78,10 @@ class Resource:
         #: The generation under which the peer, Primary without a disk, has worked through this copy; 0: none.
         self.served_generation = 0
         self.hooks = Hooks(self, resource.hooks, runtime)
+        #: Runs of verification since this process began; the one under way, and how the last one ended.
+        self.verifications = 0
+        self.verify_progress: VerifyProgress | None = None
+        self.verify_result: VerifyResult | None = None
 
     def _make_connector(self) -> Connector:
         local, peer = self._cfg.local, self._cfg.peer
@@ -299,6 +304,8 @@ class Resource:
         if facts != self._told and self.link is not None:
             self._told = facts
             self.link.send_map(wire.UPDATE, facts)
+        if self.session is not None:
+            self.session.verification.look()
         for event in self._watchers:
             event.set()
 
@@ -321,6 +328,10 @@ class Resource:
 
     def new_generation(self) -> int:
         """A fresh generation id."""
+        return self._runtime.random_id()
+
+    def random_seed(self) -> int:
+        """A random 64-bit number other than 0."""
         return self._runtime.random_id()
 
     async def _record_alone(self) -> None:

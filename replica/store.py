@@ -34,6 +34,9 @@ class Store(Protocol):
 
     async def read(self, offset: int, length: int) -> bytes: ...
 
+    async def read_medium(self, offset: int, length: int) -> bytes:
+        """Read what the medium has, as far as that is not about to be written: not what the page cache remembers."""
+
     async def write_durable(self, offset: int, data: bytes) -> None:
         """Write these bytes and make them (not others) durable."""
 
@@ -76,6 +79,9 @@ class FileStore:
 
     async def read(self, offset: int, length: int) -> bytes:
         return await self._run(self._file.read, offset, length)
+
+    async def read_medium(self, offset: int, length: int) -> bytes:
+        return await self._run(self._file.read_medium, offset, length)
 
     async def write_durable(self, offset: int, data: bytes) -> None:
         await self._run(self._file.write_durable, offset, data)
@@ -175,6 +181,9 @@ class FailedStore:
         raise self._fail()
 
     async def read(self, offset: int, length: int) -> bytes:
+        raise self._fail()
+
+    async def read_medium(self, offset: int, length: int) -> bytes:
         raise self._fail()
 
     async def write_durable(self, offset: int, data: bytes) -> None:

@@ -26,6 +26,7 @@ VERBS = (
     "outdate",
     "pause-sync",
     "resume-sync",
+    "verify",
     "map",
     "unmap",
     "cluster",
