@@ -523,6 +523,8 @@ class Resource:
 
     async def past_finished(self) -> None:
         """Nothing read from a dead connection is still being applied."""
+        if self.session is not None:
+            await self.session.verification.finished()
         while self._past_sessions:
             await asyncio.wait(set(self._past_sessions))
 

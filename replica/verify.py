@@ -63,6 +63,7 @@ class Verification:
     async def begin(self, start: int, stop: int | None, *, repair: bool) -> None:
         """Verify [start, stop), driven by this node. Refused; returns when the run has begun."""
         resource = self._resource
+        await self.finished()
         self._check()
         size_bytes = resource.volume.size_bytes
         stop = size_bytes if stop is None else stop
@@ -95,6 +96,7 @@ class Verification:
     async def _begin_answering(self, message: dict[str, Any]) -> None:
         """The peer drives a run."""
         resource = self._resource
+        await self.finished()
         self._check()
         start, stop = _offset(message, "from"), _offset(message, "to")
         _check_range(resource.name, start, stop, resource.volume.size_bytes)
@@ -280,7 +282,7 @@ class Verification:
         self._finish(f"the connection was lost: {reason.removesuffix('.')}", tell=False)
 
     async def finished(self) -> None:
-        """Return when nothing of any run is under way any more."""
+        """Return when nothing of a run that is over is under way any more."""
         while self._tasks:
             await asyncio.wait(set(self._tasks))
 

@@ -54,6 +54,7 @@ class Marks:
     def __init__(self, volume: "Volume") -> None:
         self._volume = volume
         self._commit = GroupCommit(lambda: spawn(volume.metadata.save_bitmap(volume.bitmap), "marks of a verification"))
+        self._unsaved = self._saving = False
 
     def set(self, start: int, stop: int, runs: Runs) -> int:
         """Mark blocks of [start, stop); how many bytes of the volume they are."""
@@ -64,9 +65,19 @@ class Marks:
             self._volume.bitmap.set_range(first + block, count)
             at = start + (block << BLOCK_SHIFT)
             found_bytes += min(at + (count << BLOCK_SHIFT), stop) - at
-        if not self._commit.running:
-            spawn(self.save(), "marks of a verification")
+        self._unsaved = True
+        if not self._saving:
+            self._saving = True
+            spawn(self._save_in_background(), "marks of a verification")
         return found_bytes
+
+    async def _save_in_background(self) -> None:
+        try:
+            while self._unsaved:
+                self._unsaved = False
+                await self._commit.flush()
+        finally:
+            self._saving = False
 
     async def save(self) -> None:
         """Return when everything marked (or cleared) so far is durable. OSError."""

@@ -55,11 +55,6 @@ def fill(cluster: Cluster, rng: random.Random) -> None:
     cluster.quiesce()
 
 
-@pytest.fixture
-def rng(seed: int) -> random.Random:
-    return random.Random(seed)
-
-
 def test_equal_copies(pair: Cluster, rng: random.Random) -> None:
     fill(pair, rng)
     for node in pair.nodes:
