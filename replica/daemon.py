@@ -122,6 +122,7 @@ class Daemon:
             "pause-sync": lambda args: verbs.pause_sync(paused=True),
             "resume-sync": lambda args: verbs.pause_sync(paused=False),
             "verify": _verify_action(verbs),
+            "resize": lambda args: verbs.resize(assume_clean=bool(args.get("assume_clean"))),
         }
 
     async def _handle(self, verb: str, args: dict[str, Any], send_event: SendEvent) -> Any:

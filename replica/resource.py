@@ -154,10 +154,13 @@ class Resource:
             log.warning("%s: %s", self.name, warning)
 
     async def adopt_size(self, size_bytes: int) -> None:
-        """The pair's volume is smaller than this copy (DRBD, too, takes the smaller of two sizes): use no more of it.
-        The backing keeps what it has behind that.
+        """The pair's volume is larger than this copy, whose backing has room: grow, and have the rest copied. Or it is
+        smaller (DRBD, too, takes the smaller of two sizes): use no more, and leave what the backing has behind that.
         """
         disk, volume = self.disk, self.volume
+        if size_bytes > disk.size_bytes:
+            await self.grow(size_bytes, clean=False)
+            return
         log.warning(
             "%s: the volume has %d bytes on %s and %d here: only so much of %s is used from now on",
             self.name,
@@ -173,6 +176,16 @@ class Resource:
             self.export.size_bytes = size_bytes
         await self.save()
         await disk.metadata.save_bitmap(disk.bitmap)
+
+    async def grow(self, size_bytes: int, *, clean: bool) -> None:
+        """Use more of the backing, durably on return. `clean`: what is new is the same on both nodes (else dirty)."""
+        disk, volume = self.disk, self.volume
+        log.info("%s: grows from %d to %d bytes on %s", self.name, disk.size_bytes, size_bytes, self.node_name)
+        await disk.metadata.grow(disk.bitmap, size_bytes, clean=clean)
+        disk.store.size_bytes = volume.size_bytes = size_bytes
+        if self.peer_volume is None:
+            self.export.size_bytes = size_bytes
+        self.changed()
 
     def release_disk(self) -> None:
         if self._attached is not None:
@@ -268,6 +281,7 @@ class Resource:
             dirty=self.disk.bitmap.count,
             discard=self.discard_my_data,
             policies=self.settings.after_split_brain,
+            room_bytes=self.disk.store.room_bytes(),
         )
 
     def facts(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from replica.generation import (
 from replica.hooks import Event
 from replica.link import LinkLost, PeerLink
 from replica.mirror import Mirror
+from replica.resize import Resize
 from replica.resync import SyncSource, SyncTarget
 from replica.side_message import pack_side, unpack_generations, unpack_side
 from replica.stand_in import StandIn
@@ -71,6 +72,7 @@ class Session:
         self.bitmap_is_exact = False
         self._stand_in = StandIn(resource, self, link)
         self.verification = Verification(resource, link)
+        self.resize = Resize(resource, link)
         self._peer_paused = False
         self._updated = False
         self._parting: Refusal | None = None
@@ -500,6 +502,8 @@ class Session:
         reply: dict[str, Any] = {"ok": True}
         try:
             more = await self.verification.asked(message)
+            if more is None:
+                more = await self.resize.asked(message)
             if more is None:
                 await self._resource.verbs.asked_by_peer(message["op"])
             else:

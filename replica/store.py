@@ -26,6 +26,9 @@ class Store(Protocol):
     #: `zero` with `punch`, on whole 4 KiB blocks, is sure to be quicker than a write of zeroes.
     punches_fast: bool
 
+    def room_bytes(self) -> int:
+        """How large the backing is now: it may have been grown behind the volume's end."""
+
     def write_now(self, offset: int, data: bytes | memoryview) -> None:
         """Write to the page cache (readable at once, durable after `flush`)."""
 
@@ -70,6 +73,9 @@ class FileStore:
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="disk")
         self._flush_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flush")
         self._commit = GroupCommit(self._flush_in_thread)
+
+    def room_bytes(self) -> int:
+        return self._file.refresh_size()
 
     def _run(self, call: Callable[..., T], *args: object) -> "asyncio.Future[T]":
         return asyncio.get_running_loop().run_in_executor(self._threads, call, *args)
@@ -163,6 +169,13 @@ def backing_fingerprint(file: BlockFile) -> str:
     return f"inode:{os.fstat(file.fd).st_ino}"
 
 
+def same_backing(recorded: str, found: str) -> bool:
+    """Whether a backing may be the one that the metadata were made for. A device may have been grown since."""
+    if recorded.startswith("device:") and found.startswith("device:"):
+        return int(found.removeprefix("device:")) >= int(recorded.removeprefix("device:"))
+    return recorded == found
+
+
 class FailedStore:
     """What takes the place of a store that is no longer used: every call fails with the error that ended it."""
 
@@ -173,6 +186,9 @@ class FailedStore:
 
     def _fail(self) -> OSError:
         return OSError(self._errno, "the disk has failed and is no longer used")
+
+    def room_bytes(self) -> int:
+        raise self._fail()
 
     def write_now(self, offset: int, data: bytes | memoryview) -> None:
         raise self._fail()

@@ -279,6 +279,18 @@ class Verbs:
             raise Refused(f"{self._name} is not being verified.")
         session.verification.stop()
 
+    # ── the size ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def resize(self, *, assume_clean: bool = False) -> None:
+        """Let both copies grow to what both backings have room for, while clients use the volume. `assume_clean`: what
+        is new is the same on both nodes already.
+        """
+        resource = self._resource
+        async with resource.admin:
+            self._need_link()
+            if resource.session is not None:
+                await resource.session.resize.run(assume_clean=assume_clean)
+
     # ── the copies ───────────────────────────────────────────────────────────────────────────────────────────
 
     async def attach(self) -> None:

@@ -27,6 +27,7 @@ VERBS = (
     "pause-sync",
     "resume-sync",
     "verify",
+    "resize",
     "map",
     "unmap",
     "cluster",

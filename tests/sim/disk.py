@@ -339,6 +339,9 @@ class SimStore(_File):
 
     read_medium = read
 
+    def room_bytes(self) -> int:
+        return self.disk.size_bytes
+
     async def write_durable(self, offset: int, data: bytes) -> None:
         disk = self.disk
 
