@@ -156,6 +156,14 @@ class BlockFile:
             have += len(data)
         return b"".join(pieces)
 
+    def read_medium(self, offset: int, length: int) -> bytes:
+        """Like `read`, but pages that are not about to be written are read from the medium anew.
+
+        Without effect on tmpfs, and on pages that somebody else has mapped.
+        """
+        os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_DONTNEED)
+        return self.read(offset, length)
+
     def write_durable(self, offset: int, data: bytes | memoryview) -> None:
         """Write and wait until it is on stable storage. Raises LostWriteError when only the wait failed."""
         view = memoryview(data)

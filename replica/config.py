@@ -70,6 +70,7 @@ class ResourceSide:
     settle_interval_s: float
     settle_bytes: int
     resync_rate_bytes_s: int | None  # None: as clients allow
+    verify_rate_bytes_s: int | None  # None: unlimited
     on_io_error: str  # "detach" or "pass-on"
     after_split_brain: Policies
     max_nbd_connections: int
@@ -164,6 +165,7 @@ _RESOURCE_KEYS: dict[str, _Setting] = {
     "settle-interval": _Setting("settle_interval_s", values.seconds(0.05, 3600), 5.0),
     "settle-bytes": _Setting("settle_bytes", values.size_at_least(4096, "4K"), 64 * _MIB),
     "resync-rate": _Setting("resync_rate_bytes_s", values.size_at_least(4096, "4K"), None),
+    "verify-rate": _Setting("verify_rate_bytes_s", values.size_at_least(4096, "4K"), None),
     "on-io-error": _Setting("on_io_error", values.one_of("detach", "pass-on"), "detach"),
     "after-split-brain": _Setting("after_split_brain", values.after_split_brain, Policies(), per_node=False),
     "max-nbd-connections": _Setting("max_nbd_connections", values.integer(1, 65535), 64),

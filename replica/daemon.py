@@ -27,10 +27,11 @@ from replica.link_tls import LinkTls
 from replica.resource import Resource
 from replica.runtime import HostRuntime
 from replica.supervisor import notify_supervisor
+from replica.verbs import Verbs
 
 log = logging.getLogger("replica")
 
-#: A watcher sees progress at least this often while a resync runs.
+#: A watcher sees progress at least this often while a resync or a verification runs.
 PROGRESS_INTERVAL_S: Final = 0.5
 #: Certificates that expire sooner are warned of, each day.
 EXPIRY_WARNING: Final = timedelta(days=30)
@@ -120,6 +121,8 @@ class Daemon:
             "outdate": lambda args: verbs.outdate(),
             "pause-sync": lambda args: verbs.pause_sync(paused=True),
             "resume-sync": lambda args: verbs.pause_sync(paused=False),
+            "verify": _verify_action(verbs),
+            "resize": lambda args: verbs.resize(assume_clean=bool(args.get("assume_clean"))),
         }
 
     async def _handle(self, verb: str, args: dict[str, Any], send_event: SendEvent) -> Any:
@@ -141,14 +144,36 @@ class Daemon:
         return self.resource.status()
 
     async def _watch(self, send_event: SendEvent) -> None:
-        """Stream the status: at once, at each change, and regularly while a resync runs. Ends with the client."""
+        """Stream the status: at once, at each change, and regularly while a resync or a verification runs. Ends with
+        the client.
+        """
         async with self.resource.watch() as changed:
             while True:
                 changed.clear()
                 await send_event(self.resource.status())
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(PROGRESS_INTERVAL_S if self.resource.syncing else None):
+                    moving = self.resource.syncing or self.resource.verify_progress is not None
+                    async with asyncio.timeout(PROGRESS_INTERVAL_S if moving else None):
                         await changed.wait()
+
+
+def _verify_action(verbs: Verbs) -> Callable[[dict[str, Any]], Awaitable[None]]:
+    """The verb `verify`, whose arguments are more than flags."""
+
+    def offset(args: dict[str, Any], name: str) -> int | None:
+        value = args.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise ReplicaError(f"verify takes a number of bytes as {name!r}, not {value!r}.")
+        return value
+
+    async def act(args: dict[str, Any]) -> None:
+        if args.get("stop"):
+            await verbs.stop_verify()
+        else:
+            start, stop = offset(args, "from_bytes") or 0, offset(args, "to_bytes")
+            await verbs.verify(start=start, stop=stop, repair=bool(args.get("repair")))
+
+    return act
 
 
 def _make_tls(config: cfg.Config, resource: cfg.Resource) -> tuple[LinkTls | None, ServerTls | None]:

@@ -8,7 +8,7 @@ from replica.bitmap import Bitmap
 from replica.errors import ReplicaError
 from replica.metadata import Metadata
 from replica.runtime import ClosableMetadataFile, Runtime
-from replica.store import Store
+from replica.store import Store, same_backing
 
 
 @dataclass
@@ -113,7 +113,7 @@ def _open_store(resource: cfg.Resource, runtime: Runtime, metadata: Metadata) ->
                 f"{path} is too small: it has {backing.size_bytes} bytes, its metadata speak of "
                 f"{superblock.size_bytes}; restore the backing to its full size."
             )
-        if superblock.backing_fingerprint and backing.fingerprint != superblock.backing_fingerprint:
+        if superblock.backing_fingerprint and not same_backing(superblock.backing_fingerprint, backing.fingerprint):
             raise ReplicaError(
                 f"{path} is not the backing its metadata were made for ({backing.fingerprint} instead of "
                 f"{superblock.backing_fingerprint}): put the right one back, or run `replicactl create-md "

@@ -54,6 +54,7 @@ class Side:
     discard     the operator allowed to discard this copy's own changes (`connect --discard-my-data`)
     policies    what its configuration lets happen to a split brain without an operator
     size_bytes  size of the volume as its metadata has it
+    room_bytes  size of its backing, if that is known: so large the copy can become
     """
 
     node: str
@@ -70,6 +71,7 @@ class Side:
     dirty: int = 0
     discard: bool = False
     policies: Policies = field(default_factory=Policies)
+    room_bytes: int = 0
 
     @property
     def blank(self) -> bool:
@@ -375,7 +377,7 @@ def _guard(one: Side, other: Side, finding: _Finding) -> _Finding:
             f"{target.node} is Primary but would be overwritten by {source.node} ({finding.rule}): make "
             f"{target.node} Secondary and connect again.",
         )
-    if source.size_bytes > target.size_bytes:
+    if source.size_bytes > max(target.size_bytes, target.room_bytes):
         return _too_small(source, target)
     return finding
 

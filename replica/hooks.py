@@ -45,6 +45,7 @@ class Event(StrEnum):
     PEER_CONNECTED = "peer-connected"
     PROMOTED = "promoted"
     DEMOTED = "demoted"
+    OUT_OF_SYNC = "out-of-sync"
 
 
 @dataclass(frozen=True, slots=True)

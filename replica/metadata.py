@@ -236,6 +236,24 @@ class Metadata:
         bitmap.clear_all()
         await self.save_bitmap(bitmap)
 
+    async def grow(self, bitmap: Bitmap, size_bytes: int, *, clean: bool) -> None:
+        """Extend the volume, durably on return. What is new is dirty unless it is called `clean`.  OSError.
+
+        First the bits, behind the end that the superblock knows as yet; then the superblock. A power cut in between
+        leaves the old size, and bits that are not looked at. (What is stored there of an earlier time is replaced:
+        all sectors of what is new have changed.)
+        """
+        superblock, blocks = self.superblock, bitmap.blocks
+        ends_inside_a_block = superblock.size_bytes % superblock.block_size > 0
+        bitmap.grow(-(-size_bytes // superblock.block_size))
+        if clean:
+            bitmap.clear_range(blocks, bitmap.blocks - blocks)
+        elif ends_inside_a_block:
+            bitmap.set_range(blocks - 1, 1)  # a part of it is new
+        await self.save_bitmap(bitmap)
+        superblock.size_bytes = size_bytes
+        await self.save_superblock()
+
     async def _save_bitmap(self, bitmap: Bitmap) -> None:
         async with self._bitmap_lock:
             while bitmap.replaced or not await self._write_sectors(bitmap):

@@ -20,6 +20,8 @@ from replica.tasks import spawn
 class SlowChanges(Protocol):
     """What may block of a store, and of a volume."""
 
+    size_bytes: int
+
     async def write_durable(self, offset: int, data: bytes) -> None: ...
 
     async def zero(self, offset: int, length: int, punch: bool) -> None: ...
@@ -30,10 +32,9 @@ class SlowChanges(Protocol):
 class Answers(abc.ABC):
     """Carries out what may block of the peer's frames, each in a task, and answers it with DONE."""
 
-    def __init__(self, link: PeerLink, target: SlowChanges, size_bytes: int, failed: Callable[[OSError], None]) -> None:
+    def __init__(self, link: PeerLink, target: SlowChanges, failed: Callable[[OSError], None]) -> None:
         self._link = link
         self._target = target
-        self._size_bytes = size_bytes
         self._failed = failed
         self._tasks: set[asyncio.Task[None]] = set()
         self.resume()
@@ -67,7 +68,7 @@ class Answers(abc.ABC):
         self._start(sequence, self._target.flush())
 
     def _check(self, offset: int, length: int) -> None:
-        if not length or offset + length > self._size_bytes:
+        if not length or offset + length > self._target.size_bytes:
             raise wire.ProtocolError(f"a request for {length} bytes at {offset} is beyond the volume's end.")
 
     def _start(self, sequence: int, work: Coroutine[Any, Any, None]) -> None:
@@ -95,7 +96,7 @@ class Mirror(Answers):
     """Handlers of one link's replication frames. Dropped with the link."""
 
     def __init__(self, link: PeerLink, store: Store, protocol: str, disk_failed: Callable[[OSError], None]) -> None:
-        super().__init__(link, store, store.size_bytes, disk_failed)
+        super().__init__(link, store, disk_failed)
         self._store = store
         self._early_word = protocol == "B"
 

@@ -20,7 +20,7 @@ class PeerService(Answers):
     """Serves the peer of one link until `end`, or until the link is lost."""
 
     def __init__(self, link: PeerLink, volume: Volume) -> None:
-        super().__init__(link, volume, volume.size_bytes, _volume_knows)
+        super().__init__(link, volume, _volume_knows)
         self._volume = volume
         #: [number of the batch's last write, whether it is done], in the order of arrival: APPLIED is cumulative.
         self._batches: collections.deque[list[int]] = collections.deque()

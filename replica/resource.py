@@ -29,6 +29,7 @@ from replica.states import SYNCING, Connection, Disk, Replication, Role, State, 
 from replica.status import status_document
 from replica.tasks import spawn
 from replica.verbs import Verbs
+from replica.verify_report import VerifyProgress, VerifyResult
 from replica.volume import Volume, VolumeSettings
 
 log = logging.getLogger("replica.resource")
@@ -79,6 +80,10 @@ class Resource:
         #: The generation under which the peer, Primary without a disk, has worked through this copy; 0: none.
         self.served_generation = 0
         self.hooks = Hooks(self, resource.hooks, runtime)
+        #: Runs of verification since this process began; the one under way, and how the last one ended.
+        self.verifications = 0
+        self.verify_progress: VerifyProgress | None = None
+        self.verify_result: VerifyResult | None = None
 
     def _make_connector(self) -> Connector:
         local, peer = self._cfg.local, self._cfg.peer
@@ -151,10 +156,13 @@ class Resource:
             log.warning("%s: %s", self.name, warning)
 
     async def adopt_size(self, size_bytes: int) -> None:
-        """The pair's volume is smaller than this copy (DRBD, too, takes the smaller of two sizes): use no more of it.
-        The backing keeps what it has behind that.
+        """The pair's volume is larger than this copy, whose backing has room: grow, and have the rest copied. Or it is
+        smaller (DRBD, too, takes the smaller of two sizes): use no more, and leave what the backing has behind that.
         """
         disk, volume = self.disk, self.volume
+        if size_bytes > disk.size_bytes:
+            await self.grow(size_bytes, clean=False)
+            return
         log.warning(
             "%s: the volume has %d bytes on %s and %d here: only so much of %s is used from now on",
             self.name,
@@ -170,6 +178,16 @@ class Resource:
             self.export.size_bytes = size_bytes
         await self.save()
         await disk.metadata.save_bitmap(disk.bitmap)
+
+    async def grow(self, size_bytes: int, *, clean: bool) -> None:
+        """Use more of the backing, durably on return. `clean`: what is new is the same on both nodes (else dirty)."""
+        disk, volume = self.disk, self.volume
+        log.info("%s: grows from %d to %d bytes on %s", self.name, disk.size_bytes, size_bytes, self.node_name)
+        await disk.metadata.grow(disk.bitmap, size_bytes, clean=clean)
+        disk.store.size_bytes = volume.size_bytes = size_bytes
+        if self.peer_volume is None:
+            self.export.size_bytes = size_bytes
+        self.changed()
 
     def release_disk(self) -> None:
         if self._attached is not None:
@@ -265,6 +283,7 @@ class Resource:
             dirty=self.disk.bitmap.count,
             discard=self.discard_my_data,
             policies=self.settings.after_split_brain,
+            room_bytes=self.disk.store.room_bytes(),
         )
 
     def facts(self) -> dict[str, Any]:
@@ -301,6 +320,8 @@ class Resource:
         if facts != self._told and self.link is not None:
             self._told = facts
             self.link.send_map(wire.UPDATE, facts)
+        if self.session is not None:
+            self.session.verification.look()
         for event in self._watchers:
             event.set()
 
@@ -323,6 +344,10 @@ class Resource:
 
     def new_generation(self) -> int:
         """A fresh generation id."""
+        return self._runtime.random_id()
+
+    def random_seed(self) -> int:
+        """A random 64-bit number other than 0."""
         return self._runtime.random_id()
 
     async def _record_alone(self) -> None:
@@ -514,6 +539,8 @@ class Resource:
 
     async def past_finished(self) -> None:
         """Nothing read from a dead connection is still being applied."""
+        if self.session is not None:
+            await self.session.verification.finished()
         while self._past_sessions:
             await asyncio.wait(set(self._past_sessions))
 

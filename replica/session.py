@@ -27,11 +27,13 @@ from replica.generation import (
 from replica.hooks import Event
 from replica.link import LinkLost, PeerLink
 from replica.mirror import Mirror
+from replica.resize import Resize
 from replica.resync import SyncSource, SyncTarget
 from replica.side_message import pack_side, unpack_generations, unpack_side
 from replica.stand_in import StandIn
 from replica.states import Disk, Replication, Role
 from replica.tasks import spawn
+from replica.verify import Verification
 
 if TYPE_CHECKING:
     from replica.resource import Resource
@@ -70,6 +72,8 @@ class Session:
         #: bitmaps are exchanged, and marks that in its own only (found by the simulator).
         self.bitmap_is_exact = False
         self._stand_in = StandIn(resource, self, link)
+        self.verification = Verification(resource, link)
+        self.resize = Resize(resource, link)
         self._peer_paused = False
         self._updated = False
         self._parting: Refusal | None = None
@@ -92,12 +96,14 @@ class Session:
             self._resource.stand_alone(str(self._parting), split_brain=self._parting.split_brain)
         self._task.cancel()
         self._stand_in.end()
+        self.verification.end(self._link.close_reason)
 
     async def finished(self) -> None:
         """Return when nothing this session started can change the disk or its records any more."""
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait([self._task])
         await self._stand_in.finished()
+        await self.verification.finished()
         await self.mirror_finished()
         if self.target is not None:
             await self.target.finished()
@@ -518,12 +524,19 @@ class Session:
 
     def _on_request(self, flags: int, sequence: int, offset: int, payload: memoryview) -> None:
         message = wire.unpack_map(payload)
-        spawn(self._answer(sequence, wire.field(message, "op", str)), "answer to the peer")
+        wire.field(message, "op", str)
+        spawn(self._answer(sequence, message), "answer to the peer")
 
-    async def _answer(self, sequence: int, operation: str) -> None:
+    async def _answer(self, sequence: int, message: dict[str, Any]) -> None:
         reply: dict[str, Any] = {"ok": True}
         try:
-            await self._resource.verbs.asked_by_peer(operation)
+            more = await self.verification.asked(message)
+            if more is None:
+                more = await self.resize.asked(message)
+            if more is None:
+                await self._resource.verbs.asked_by_peer(message["op"])
+            else:
+                reply |= more
         except ReplicaError as error:
             reply = {"error": str(error)}
         except OSError as error:

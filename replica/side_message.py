@@ -29,6 +29,7 @@ def pack_side(side: Side | None) -> dict[str, Any] | None:
     generations = side.generations
     return {
         "size_bytes": side.size_bytes,
+        "room_bytes": side.room_bytes,
         "block_size": BLOCK_SIZE,
         "current": generations.current,
         "base": generations.base,
@@ -52,6 +53,8 @@ def unpack_side(node: str, message: Any) -> Side | None:
         node=node,
         generations=unpack_generations(message),
         size_bytes=_number(message, "size_bytes", 1, MAX_VOLUME_BYTES),
+        # An older program does not tell: then its copy does not grow.
+        room_bytes=_number(message, "room_bytes", 0, MAX_ID) if "room_bytes" in message else 0,
         dirty=_number(message, "dirty", 0, MAX_VOLUME_BYTES // BLOCK_SIZE),
         policies=Policies(**{field.name: wire.field(policies, field.name, str) for field in fields(Policies)}),
         **{name: wire.field(message, name, bool) for name in _FLAGS},

@@ -54,6 +54,7 @@ def _volume(resource: "Resource") -> dict[str, Any]:
         "generations": None,
         "activity_log": None,
         **_progress(resource),
+        **_verification(resource),
     }
     if resource.attached:
         disk = resource.disk
@@ -66,6 +67,15 @@ def _volume(resource: "Resource") -> dict[str, Any]:
         }
         document["activity_log"] = {"slots": disk.activity_log.slots, "hot": len(disk.activity_log.hot)}
     return document
+
+
+def _verification(resource: "Resource") -> dict[str, Any]:
+    now_s = asyncio.get_running_loop().time()
+    progress, result = resource.verify_progress, resource.verify_result
+    return {
+        "verify": progress.document(now_s) if progress is not None else None,
+        "last_verify": result.document(now_s) if result is not None else None,
+    }
 
 
 def _progress(resource: "Resource") -> dict[str, Any]:

@@ -27,6 +27,9 @@ class Store(Protocol):
     #: `zero` with `punch`, on whole 4 KiB blocks, is sure to be quicker than a write of zeroes.
     punches_fast: bool
 
+    def room_bytes(self) -> int:
+        """How large the backing is now: it may have been grown behind the volume's end."""
+
     def write_now(self, offset: int, data: bytes | memoryview) -> None:
         """Write to the page cache (readable at once, durable after `flush`)."""
 
@@ -34,6 +37,9 @@ class Store(Protocol):
         """Read if that needs no device; None if it does."""
 
     async def read(self, offset: int, length: int) -> bytes: ...
+
+    async def read_medium(self, offset: int, length: int) -> bytes:
+        """Read what the medium has, as far as that is not about to be written: not what the page cache remembers."""
 
     async def write_durable(self, offset: int, data: bytes) -> None:
         """Write these bytes and make them (not others) durable."""
@@ -72,6 +78,9 @@ class FileStore:
         self._flush_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flush")
         self._commit = GroupCommit(self._flush_in_thread)
 
+    def room_bytes(self) -> int:
+        return self._file.refresh_size()
+
     def _run(self, call: Callable[..., T], *args: object) -> "asyncio.Future[T]":
         return asyncio.get_running_loop().run_in_executor(self._threads, call, *args)
 
@@ -80,6 +89,9 @@ class FileStore:
 
     async def read(self, offset: int, length: int) -> bytes:
         return await self._run(self._file.read, offset, length)
+
+    async def read_medium(self, offset: int, length: int) -> bytes:
+        return await self._run(self._file.read_medium, offset, length)
 
     async def write_durable(self, offset: int, data: bytes) -> None:
         await self._run(self._file.write_durable, offset, data)
@@ -194,6 +206,13 @@ def backing_fingerprint(file: BlockFile) -> str:
     return f"inode:{os.fstat(file.fd).st_ino}"
 
 
+def same_backing(recorded: str, found: str) -> bool:
+    """Whether a backing may be the one that the metadata were made for. A device may have been grown since."""
+    if recorded.startswith("device:") and found.startswith("device:"):
+        return int(found.removeprefix("device:")) >= int(recorded.removeprefix("device:"))
+    return recorded == found
+
+
 class FailedStore:
     """What takes the place of a store that is no longer used: every call fails with the error that ended it."""
 
@@ -205,6 +224,9 @@ class FailedStore:
     def _fail(self) -> OSError:
         return OSError(self._errno, "the disk has failed and is no longer used")
 
+    def room_bytes(self) -> int:
+        raise self._fail()
+
     def write_now(self, offset: int, data: bytes | memoryview) -> None:
         raise self._fail()
 
@@ -212,6 +234,9 @@ class FailedStore:
         raise self._fail()
 
     async def read(self, offset: int, length: int) -> bytes:
+        raise self._fail()
+
+    async def read_medium(self, offset: int, length: int) -> bytes:
         raise self._fail()
 
     async def write_durable(self, offset: int, data: bytes) -> None:

@@ -260,6 +260,37 @@ class Verbs:
         """Hold a resync back on this node's account, or let it go on."""
         self._resource.pause(paused)
 
+    # ── verification ─────────────────────────────────────────────────────────────────────────────────────────
+
+    async def verify(self, *, start: int = 0, stop: int | None = None, repair: bool = False) -> None:
+        """Begin to compare both copies from `start` to `stop` (bytes; None: the volume's end), while clients write;
+        `repair`: and to send the Primary's blocks where they differ. Returns when it has begun.
+        """
+        resource = self._resource
+        async with resource.admin:
+            self._need_link()
+            if resource.session is not None:
+                await resource.session.verification.begin(start, stop, repair=repair)
+
+    async def stop_verify(self) -> None:
+        """End the verification that either node drives."""
+        session = self._resource.session
+        if session is None:
+            raise Refused(f"{self._name} is not being verified.")
+        session.verification.stop()
+
+    # ── the size ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def resize(self, *, assume_clean: bool = False) -> None:
+        """Let both copies grow to what both backings have room for, while clients use the volume. `assume_clean`: what
+        is new is the same on both nodes already.
+        """
+        resource = self._resource
+        async with resource.admin:
+            self._need_link()
+            if resource.session is not None:
+                await resource.session.resize.run(assume_clean=assume_clean)
+
     # ── the copies ───────────────────────────────────────────────────────────────────────────────────────────
 
     async def attach(self) -> None:

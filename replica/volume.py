@@ -424,6 +424,32 @@ class Volume:
             by_peer = await asked if asked is not None else False
         return by_peer
 
+    async def send_again(self, offset: int, length: int) -> bool:
+        """Send what is here to the peer, which has something else, as if a client had written it just now: the log, the
+        order of writes and what is unsettled are as with any other write, so its dirty bits go at once. (A range inside
+        one extent.) False when the peer has not taken it, or the disk has not.
+        """
+        await self.admission.begin_change(offset, offset + length)
+        finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._changing.add(finished)
+        answered: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+        def done(errors: Mapping[int, int]) -> None:
+            if not answered.done():
+                answered.set_result(not errors)
+
+        try:
+            data = await self.store.read_medium(offset, length)
+            if self._link is None:
+                return False
+            self.bitmap.clear_range(*blocks_of(offset, length))
+            self.submit([(offset, memoryview(data))], done)
+        finally:
+            self._changing.discard(finished)
+            finished.set_result(None)
+            self.admission.end_change(offset, offset + length)
+        return await answered
+
     def _ask(self, kind: int, payload: bytes = b"", *, flags: int = 0, offset: int = 0) -> "asyncio.Future[bool]":
         """Send a request that the peer answers with DONE. Result: False when the link was lost first."""
         assert self._link is not None

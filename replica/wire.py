@@ -78,6 +78,18 @@ YIELDED: Final = 0x35  # both copies are flushed and no extent is hot on this si
 SYNC_HASH: Final = 0x3E  # source: offset of the first block, payload = the blocks' hashes (replica.sync_hash)
 SYNC_DIFFERS: Final = 0x3F  # target: the answer, same sequence; payload = one bit for each block, 1: it differs
 
+# Verification (replica.verify). "Driver" is the node that was asked to; `sequence` numbers the driver's ranges.
+VERIFY_HASH: Final = 0x50  # driver: hold this range and hash it: offset, payload = u64 length
+VERIFY_DIGEST: Final = 0x51  # the answer, same sequence: digests of 16 bytes; FLAG_ERROR: offset = errno
+VERIFY_BLOCKS: Final = 0x52  # driver: the digests of each block of a range that is held; answered by VERIFY_DIGEST
+VERIFY_HOLE: Final = 0x53  # driver: hold this range, which is a hole here: offset, payload = u64 length
+VERIFY_DATA: Final = (
+    0x54  # the answer, same sequence: offset, payload = u64 length of the first data in it; or FLAG_ERROR
+)
+VERIFY_DONE: Final = 0x55  # driver: let go of a range, compared up to offset; payload = its blocks that differ
+VERIFY_CLEAN: Final = 0x56  # Primary: offset, payload = u64 length: repaired, and durable on both nodes
+VERIFY_END: Final = 0x57  # either: the run is over; {"reason": "" or why, "found", "repaired", "position"}
+
 FLAG_PUNCH: Final = 0x01
 FLAG_LAST: Final = 0x02
 FLAG_TARGET: Final = 0x04

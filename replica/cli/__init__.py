@@ -26,6 +26,8 @@ VERBS = (
     "outdate",
     "pause-sync",
     "resume-sync",
+    "verify",
+    "resize",
     "map",
     "unmap",
     "cluster",

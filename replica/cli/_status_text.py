@@ -33,6 +33,11 @@ def status_lines(status: dict[str, Any]) -> list[str]:
         for volume in status["volumes"]
         if volume.get("done_percent") is not None
     ]
+    for volume in status["volumes"]:
+        if volume.get("verify"):
+            lines.append(f"  verify: {verify_text(volume['verify'])}")
+        elif volume.get("last_verify"):
+            lines.append(f"  last verify: {last_verify_text(volume['last_verify'])}")
     if any((status.get("tls") or {}).values()):
         lines.append(f"  TLS: {_tls_text(status['tls'])}")
     if status.get("last_error"):
@@ -65,6 +70,36 @@ def progress_text(volume: dict[str, Any]) -> str:
     if volume.get("eta_seconds") is not None:
         parts.append(f"about {duration_text(volume['eta_seconds'])} left")
     return ", ".join(parts)
+
+
+def verify_text(verify: dict[str, Any]) -> str:
+    """ "43.2 % done, 80.0 MiB/s, about 8 s left, nothing found" of a verification that runs."""
+    parts = [f"{verify['done_percent']:.1f} % done"]
+    if verify["rate_bytes_s"]:
+        parts.append(f"{bytes_text(verify['rate_bytes_s'])}/s")
+    if verify["eta_seconds"] is not None:
+        parts.append(f"about {duration_text(verify['eta_seconds'])} left")
+    return ", ".join([*parts, _found_text(verify)])
+
+
+def last_verify_text(last: dict[str, Any]) -> str:
+    """ "3 min 5 s ago, 1.0 GiB from 0 B on compared in 8 s, nothing found" of the last one; why, if it has not come to
+    its end.
+    """
+    size = bytes_text(last["position_bytes"] - last["from_bytes"])
+    where = f" from {bytes_text(last['from_bytes'])} on" if last["from_bytes"] else ""
+    compared = f"{size}{where} compared in {duration_text(last['took_seconds'])}"
+    parts = [f"{duration_text(last['seconds_ago'])} ago", compared, _found_text(last)]
+    if not last["complete"]:
+        parts.append(f"not complete: {last['reason']} (go on with --from {last['position_bytes']})")
+    return ", ".join(parts)
+
+
+def _found_text(verify: dict[str, Any]) -> str:
+    if not verify["found_bytes"] and not verify["repaired_bytes"]:
+        return "nothing found"
+    found = f"{bytes_text(verify['found_bytes'])} found to differ"
+    return f"{found}, {bytes_text(verify['repaired_bytes'])} repaired" if verify["repair"] else found
 
 
 def _link_text(status: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 from replica import auth, sync_hash, wire
@@ -11,8 +12,11 @@ from replica.control import ControlError, _read_request
 from replica.generation import Generations, Side, decide
 from replica.link import LinkSettings, PeerLink
 from replica.mirror import Mirror
+from replica.range_lock import RangeLocks
 from replica.resync import SyncTarget
 from replica.side_message import pack_side, unpack_side
+from replica.verify_report import VerifyProgress
+from replica.verify_walk import Answers
 
 SECRET = b"0123456789abcdef"
 ME = auth.Identity("web", "r0", "node1", "node2", "C", False)
@@ -77,6 +81,16 @@ class MemoryStore:
         self._in_range(offset, length)
         return bytes(self._data[offset : offset + length])
 
+    async def read_medium(self, offset: int, length: int) -> bytes:
+        self._in_range(offset, length)
+        await asyncio.sleep(0)
+        return bytes(self._data[offset : offset + length])
+
+    async def next_data(self, offset: int, end: int) -> tuple[int, int]:
+        self._in_range(offset, end - offset)
+        start = min(max(offset, SIZE_BYTES // 2), end)
+        return start, end
+
     async def write_durable(self, offset: int, data: bytes) -> None:
         self.write_now(offset, data)
 
@@ -98,12 +112,30 @@ class Owner:
         self.reasons: list[str] = []
         self.store = MemoryStore()
         self.bitmap = Bitmap(SIZE_BYTES // BLOCK_SIZE)
+        self.locks = RangeLocks(lambda: None)
+        self.answers: Answers | None = None
 
     def link_opened(self, link: PeerLink) -> None:
         self.opened += 1
         link.expect(wire.STATE, wire.BITMAP, wire.SYNC_START, wire.SYNC_FINISH)
         Mirror(link, self.store, "C", self._failed)  # type: ignore[arg-type]
         SyncTarget(link, self.store, self.bitmap, self._failed)  # type: ignore[arg-type]
+        self._verify(link)
+
+    def _verify(self, link: PeerLink) -> None:
+        """The peer drives a verification of all but the first blocks."""
+        volume: Any = SimpleNamespace(
+            store=self.store, bitmap=self.bitmap, metadata=self, admission=SimpleNamespace(locks=self.locks)
+        )
+        progress = VerifyProgress(1, "node2", 8192, SIZE_BYTES, repair=False, began_s=0.0)
+        answers = self.answers = Answers(link, volume, progress, 1, self._failed)
+        link.handlers[wire.VERIFY_HASH] = answers.on_hash
+        link.handlers[wire.VERIFY_BLOCKS] = answers.on_blocks
+        link.handlers[wire.VERIFY_HOLE] = answers.on_hole
+        link.handlers[wire.VERIFY_DONE] = answers.on_done
+
+    async def save_bitmap(self, bitmap: Bitmap) -> None:
+        await asyncio.sleep(0)
 
     def link_closed(self, link: PeerLink, reason: str) -> None:
         self.reasons.append(reason)
@@ -142,6 +174,11 @@ async def _feed(stream: bytes, step: int, integrity: bool) -> tuple[Owner, Wire]
             room[:count] = piece[:count]
             piece = piece[count:]
             link.buffer_updated(count)
+    for _ in range(20):  # ranges are held until the driver lets go of them, which it may never do
+        await asyncio.sleep(0)
+    if owner.answers is not None:
+        await owner.answers.end()
+        assert not owner.locks.held, "a range is still held"
     me = asyncio.current_task()
     while others := {task for task in asyncio.all_tasks() if task is not me}:
         await asyncio.wait(others)

@@ -19,6 +19,7 @@ import msgpack
 
 from replica import auth, sync_hash, wire
 from replica.bitmap import BLOCK_SIZE, Bitmap
+from replica.digests import pack_runs
 from replica.heartbeat.node_state import Claim, GroupState, NodeState, Phase, Readiness, Ready, Status
 from replica.side_message import pack_side
 from tests.fuzz import heartbeat_target, peer_target
@@ -192,6 +193,17 @@ def _made_by_hand() -> None:
         )
     )
     _keep("peer-frames", "questions", b"\x08" + questions)
+    verification = b"".join(
+        (
+            wire.pack(wire.VERIFY_HASH, wire.pack_length(65536), sequence=1, offset=65536),
+            wire.pack(wire.VERIFY_HOLE, wire.pack_length(262144), sequence=2, offset=393216),
+            wire.pack(wire.VERIFY_BLOCKS, sequence=1),
+            wire.pack(wire.VERIFY_DONE, pack_runs([(0, 1), (3, 13)]), sequence=1, offset=131072),
+            wire.pack(wire.VERIFY_DONE, sequence=2, offset=524288),
+            wire.pack(wire.VERIFY_HASH, wire.pack_length(4096), sequence=3, offset=131072),
+        )
+    )
+    _keep("peer-frames", "verification", b"\0" + verification)
     state = {"role": "Primary", "disk": "UpToDate", "paused": False, "ran_on": False, "served": 0}
     _keep("peer-state", "state", wire.pack_map({**state, "side": pack_side(peer_target.MINE)}))
     # Found by the fuzzer, or beside what it found: numbers that no superblock can hold.

@@ -123,6 +123,18 @@ def _late(scenario: Scenario, rng: random.Random) -> None:
     scenario.size_bytes = 64 << 10
 
 
+def _verified(scenario: Scenario, rng: random.Random) -> None:
+    """Both copies are compared again and again under load, by either node; disks take their time and do not fail."""
+    _plain(scenario, rng)
+    scenario.verb_rates |= {"verify": 10.0, "takeover": rng.choice((0.0, 0.8))}
+    scenario.side["verify_rate_bytes_s"] = None
+    scenario.locality = 0.8
+    for data, metadata in scenario.disk.values():
+        data.write_error = data.flush_error = metadata.write_error = metadata.flush_error = 0.0
+        data.read_error = 0.0
+        data.read_s = rng.choice((0.0005, 0.005))
+
+
 def _without_disk(scenario: Scenario, rng: random.Random) -> None:
     """The Primary's disk is detached or fails again and again, links break, nodes die."""
     _plain(scenario, rng)
@@ -540,6 +552,36 @@ CANARIES = (
                 "if False:",
             ),
         ),
+    ),
+    Canary(
+        "verified-unlocked",
+        "the driver of a verification does not keep its clients' writes back",
+        "replica.verify_walk:Walker._compare_locked",
+        "self._locks.hold(start, stop)",
+        "self._locks.hold(start, start)",
+        _verified,
+    ),
+    Canary(
+        "answered-unlocked",
+        "the node that answers does not keep its clients' writes back",
+        "replica.verify_walk:Answers._hold_until",
+        "locks.hold(start, stop)",
+        "locks.hold(start, start)",
+        _verified,
+    ),
+    Canary(
+        "hashed-before-the-answer",
+        "the driver reads before it has applied what the other node had written",
+        "replica.verify_walk:Walker._compare_locked",
+        """\
+            _, theirs = await self._ask(wire.VERIFY_HASH, number, start, stop)
+            data = await self._volume.store.read_medium(start, stop - start)
+""",
+        """\
+            data = await self._volume.store.read_medium(start, stop - start)
+            _, theirs = await self._ask(wire.VERIFY_HASH, number, start, stop)
+""",
+        _verified,
     ),
 )
 

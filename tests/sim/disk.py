@@ -345,6 +345,11 @@ class SimStore(_File):
         data: bytes = await self._work(disk.faults.read_s * 2 * disk.rng.random(), effect)
         return data
 
+    read_medium = read
+
+    def room_bytes(self) -> int:
+        return self.disk.size_bytes
+
     async def write_durable(self, offset: int, data: bytes) -> None:
         disk = self.disk
 

@@ -328,12 +328,21 @@ class Operator:
         if machine.resource is not None and machine.resource.paused:
             self._do(machine, "resume-sync", lambda node: node.verbs.pause_sync(paused=False))
 
+    def verb_verify(self, machine: "Machine") -> None:
+        if self.rng.random() < 0.1:
+            self._do(machine, "verify --stop", lambda node: node.verbs.stop_verify())
+            return
+        repair = self.rng.random() < 0.3
+        words = "verify --repair" if repair else "verify"
+        self._do(machine, words, lambda node: node.verbs.verify(repair=repair))
+
     # ── what keeps the pair going ────────────────────────────────────────────────────────────────────────────
 
     def _tick(self) -> None:
         if self.over:
             return
         self.world.after(TICK_S, self._tick)
+        self.oracle.check_verifications()
         if self.rng.random() < 0.5:
             self.care()
 
@@ -354,7 +363,7 @@ class Operator:
                 else:
                     self._do(machine, "attach", lambda node: node.verbs.attach(), role=True)
                 return
-        if len(machines) == len(self.machines) and self._mend(machines):
+        if len(machines) == len(self.machines) and (self._mend(machines) or self._resync_dirty(machines)):
             return
         if not any(machine.is_primary for machine in self.machines) and not self._changing:
             self._find_primary(machines)
@@ -382,6 +391,17 @@ class Operator:
                     self.verb_connect(machine)
             return True
         return self._resolve(machines)
+
+    def _resync_dirty(self, machines: "list[Machine]") -> bool:
+        """Blocks that became dirty while both were in sync (only one disk took a write) are copied by a new link."""
+        resources = [machine.resource for machine in machines if machine.resource is not None]
+        established = all(one.state.replication is Replication.ESTABLISHED and one.attached for one in resources)
+        if not self.over or not established or not any(one.disk.bitmap.count for one in resources):
+            return False
+        if any(one.verify_progress is not None or one.serving_peer for one in resources):
+            return False
+        self.verb_disconnect(machines[0])
+        return True
 
     def _give_up_incomplete(self, machines: "list[Machine]") -> bool:
         """The newer data have no complete copy left: the operator falls back to the older ones."""

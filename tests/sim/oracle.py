@@ -31,6 +31,7 @@ Policy      (tests.sim.policies) after a split brain nothing is discarded but by
             seed's policies allow; a Primary is never overwritten.
 One Primary where the operator forbids two, and no split brain there.
 Copies      are byte-identical once both are Established and quiet.
+Verify      finds no difference, whatever clients do meanwhile, as long as no disk has failed in any way.
 """
 
 from collections.abc import Iterable
@@ -774,6 +775,17 @@ class Oracle:
             if entries[-1].value != value and value not in (allowed := lineage.allowed(sector)):
                 self._wrong(rule, machine, sector, value, allowed)
                 return
+
+    def check_verifications(self) -> None:
+        """What the runs that are under way, or were the last, have found."""
+        counts = self.trace.counts
+        if counts.get("flush-error") or counts.get("write-error"):
+            return  # then one copy may really lack something
+        for machine in self.machines:
+            resource = machine.resource
+            for run in () if resource is None else (resource.verify_progress, resource.verify_result):
+                if run is not None and run.found_bytes:
+                    self.fail("Verify", f"{machine.name} finds {run.found_bytes} bytes that differ")
 
     def check_copies(self) -> None:
         """Both are Established and quiet."""

@@ -142,6 +142,8 @@ class Run:
         if not self._flush() or not self._wait(self.in_sync, "become Established again"):
             return
         self._compare("after the last resync")
+        if self.oracle.violation is None and self.scenario.verb_rates["verify"] and not self._verify():
+            return
         if self.oracle.violation is None and self.scenario.final_power_cut:
             self._cut_both()
 
@@ -199,6 +201,25 @@ class Run:
     def _compare(self, when: str) -> None:
         self.trace.note(f"--- comparing {when}")
         self.oracle.check_copies()
+
+    def _verify(self) -> bool:
+        """Both copies are the same: a verification says so, to its end."""
+        machine = self.workload.rng.choice(self.machines)
+        begun: list[Exception | None] = []
+        if not self._wait(lambda: not self._verifying(), "end their verifications"):
+            return False
+        machine.run(lambda node: node.verbs.verify(), begun.append)
+        if not self._wait(lambda: bool(begun) and not self._verifying(), "verify their copies"):
+            return False
+        self.oracle.check_verifications()
+        resource = machine.resource
+        result = resource.verify_result if resource is not None else None
+        if begun[0] is not None or result is None or not result.complete or result.found_bytes:
+            self.oracle.fail("Verify", f"both copies are the same, and {machine.name} says: {begun[0]}, {result}")
+        return self.oracle.violation is None
+
+    def _verifying(self) -> bool:
+        return any(one.resource is not None and one.resource.verify_progress is not None for one in self.machines)
 
     def _flush(self) -> bool:
         primary = next(machine for machine in self.machines if machine.is_primary)

@@ -185,6 +185,7 @@ def draw(seed: int, bias: Callable[[Scenario, random.Random], None] | None = Non
     memory = scenario.rng("memory")
     for data, _ in scenario.disk.values():
         data.flushes_at_once = memory.random() < 0.2
+    _verification(scenario, scenario.rng("verify"))
     if scenario.split_brain:
         scenario.verb_rates["part"] = draw_parting_rate(seed)
     if bias is not None:
@@ -206,6 +207,23 @@ def _constants(rng: random.Random) -> dict[tuple[str, str], int | float]:
         ("session", "HANDSHAKE_TIMEOUT_S"): 5.0,
         ("verbs", "REQUEST_TIMEOUT_S"): 3.0,
     }
+
+
+def _verification(scenario: Scenario, rng: random.Random) -> None:
+    """In some seeds the copies are verified now and then, and when all is over."""
+    scenario.verb_rates["verify"] = rng.choice((0.0, 0.0, 0.5, 2.0, 6.0))
+    chunk = rng.choice((4 << 10, 8 << 10, 32 << 10))
+    scenario.constants |= {
+        ("verify_walk", "CHUNK_BYTES"): chunk,
+        ("verify_walk", "WINDOW_BYTES"): chunk * rng.choice((1, 2, 8)),
+        ("verify_walk", "MIN_HOLE_BYTES"): rng.choice((4 << 10, 16 << 10)),
+        ("verify_walk", "MAX_HOLE_BYTES"): rng.choice((16 << 10, 256 << 10)),
+        ("verify_walk", "ANSWER_TIMEOUT_S"): 5.0,
+        ("verify", "REQUEST_TIMEOUT_S"): 3.0,
+        ("verify", "REPAIR_BYTES"): chunk * 2,
+        ("verify", "REPAIR_PIECE_BYTES"): chunk,
+    }
+    scenario.side["verify_rate_bytes_s"] = rng.choice((None, None, 256 << 10, 4 << 20))
 
 
 def _bitmap(rng: random.Random) -> dict[tuple[str, str], int | float]:

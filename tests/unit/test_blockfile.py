@@ -64,6 +64,15 @@ def test_read_now_gives_all_or_none(file):
     assert file.read_now(0, 65536) == b"x" * 65536
 
 
+def test_what_is_about_to_be_written_counts_as_on_the_medium(file):
+    file.write_now(4096, b"x" * 4096)
+    assert file.read_medium(4096, 4096) == b"x" * 4096
+    file.flush()
+    assert file.read_medium(0, 8192)[4096:] == b"x" * 4096
+    with pytest.raises(OSError, match="ends before"):
+        file.read_medium(file.size_bytes - 512, 4096)
+
+
 def test_reading_behind_the_end_is_an_error(file):
     with pytest.raises(OSError, match="ends before") as caught:
         file.read(SIZE - 10, 20)

@@ -44,6 +44,30 @@ def test_a_lost_peer_and_what_it_lacks() -> None:
     assert status_lines(alone)[0].startswith("r0 node1: Secondary, StandAlone; disk")
 
 
+def test_a_verification_has_a_line() -> None:
+    running_now = {
+        **{"done_percent": 43.25, "rate_bytes_s": 80 << 20, "eta_seconds": 8.0, "found_bytes": 0},
+        **{"repair": False, "repaired_bytes": 0},
+    }
+    assert status_lines(status(volume={"verify": running_now, "last_verify": None}))[1] == (
+        "  verify: 43.2 % done, 80.0 MiB/s, about 8 s left, nothing found"
+    )
+    just_begun = running_now | {"done_percent": 0.0, "rate_bytes_s": 0, "eta_seconds": None, "found_bytes": 8192}
+    assert status_lines(status(volume={"verify": just_begun}))[1] == "  verify: 0.0 % done, 8.0 KiB found to differ"
+    last = {
+        **{"seconds_ago": 185.0, "took_seconds": 14.0, "from_bytes": 0, "position_bytes": 1 << 30, "complete": True},
+        **{"reason": "", "found_bytes": 12288, "repair": True, "repaired_bytes": 12288},
+    }
+    assert status_lines(status(volume={"verify": None, "last_verify": last}))[1] == (
+        "  last verify: 3 min 5 s ago, 1.0 GiB compared in 14 s, 12.0 KiB found to differ, 12.0 KiB repaired"
+    )
+    part = last | {"from_bytes": 1 << 20, "complete": False, "reason": "the cable was cut", "position_bytes": 3 << 20}
+    assert status_lines(status(volume={"last_verify": part}))[1].endswith(
+        "2.0 MiB from 1.0 MiB on compared in 14 s, 12.0 KiB found to differ, 12.0 KiB repaired, "
+        "not complete: the cable was cut (go on with --from 3145728)"
+    )
+
+
 @pytest.mark.parametrize(
     ("count", "text"),
     [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1.5 * 2**40, "1.5 TiB"), (2**63, "8192.0 PiB")],

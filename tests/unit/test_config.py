@@ -442,7 +442,7 @@ def test_the_secret_is_not_shown(write: Callable[[str], Path]) -> None:
 def test_the_sample_file_is_valid(tmp_path: Path) -> None:
     sample = Path(__file__).parents[2] / "contrib/replica.toml"
     plain = load_config(sample, "node1", need_secret=False)
-    # The keys it shows as comments are the defaults: uncommenting them must change nothing but the rate, TLS and hooks.
+    # The keys it shows as comments are the defaults: to uncomment them must change nothing but rates, TLS and hooks.
     text = sample.read_text().splitlines()
     lines = [line[1:] if re.match(r"#[\[\]]|#.* = ", line) else line for line in text]
     full = tmp_path / "full.toml"
@@ -452,6 +452,7 @@ def test_the_sample_file_is_valid(tmp_path: Path) -> None:
     side, default = shown.resource().local, plain.resource().local
     assert {name for name in side.__slots__ if getattr(side, name) != getattr(default, name)} == {
         "resync_rate_bytes_s",
+        "verify_rate_bytes_s",
         "nbd_tls",
     }
     assert shown.resource().hooks.timeout_s == plain.resource().hooks.timeout_s

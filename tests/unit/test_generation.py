@@ -202,6 +202,16 @@ def test_sizes() -> None:
     assert (verdict.kind, verdict.size_bytes) == (Kind.SOURCE, GIB)
 
 
+def test_a_target_whose_backing_has_room_grows() -> None:
+    small, large = replace(a(5), size_bytes=GIB), replace(b(6, 5), size_bytes=2 * GIB)
+    assert agreed(small, large).rule == "size"
+    assert agreed(replace(small, room_bytes=2 * GIB - 1), large).rule == "size"
+    verdict = agreed(replace(small, room_bytes=2 * GIB), large)
+    assert (verdict.kind, verdict.rule, verdict.size_bytes) == (Kind.TARGET, "current-is-base", 2 * GIB)
+    # A source never does: nobody would know what is behind its end.
+    assert agreed(replace(small, generations=Generations(7, 6), room_bytes=3 * GIB), large).size_bytes == GIB
+
+
 def test_nodes_of_the_same_name_are_refused() -> None:
     assert agreed(a(5), a(5)).rule == "same-name"
 
@@ -468,7 +478,7 @@ def sides(draw: st.DrawFn, node: str) -> Side:
     return Side(
         node,
         generations,
-        draw(st.sampled_from([GIB, 2 * GIB])),
+        size_bytes := draw(st.sampled_from([GIB, 2 * GIB])),
         just_created=draw(st.sampled_from([False, False, True])),
         inconsistent=draw(flag),
         ahead=draw(flag),
@@ -480,6 +490,7 @@ def sides(draw: st.DrawFn, node: str) -> Side:
         dirty=draw(st.sampled_from([0, 0, 7])),
         discard=draw(flag),
         policies=draw(st.sampled_from(POLICIES)),
+        room_bytes=draw(st.sampled_from([0, size_bytes, 2 * GIB])),
     )
 
 
@@ -498,7 +509,7 @@ def test_whatever_the_two_sides_are(one: Side, other: Side) -> None:
     assert not source.incomplete
     assert not source.attaching
     assert not (target.serving and not target.incomplete)
-    assert verdict.size_bytes == source.size_bytes <= target.size_bytes
+    assert verdict.size_bytes == source.size_bytes <= max(target.size_bytes, target.room_bytes)
     ours, theirs = source.generations, target.generations
     related = {ours.current, ours.base, *ours.history} & {theirs.current, theirs.base, *theirs.history}
     assert target.blank or related - {0}
