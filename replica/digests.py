@@ -1,7 +1,8 @@
 """Digests of a volume's blocks, and what two copies' digests say about where they differ. Pure.
 
-xxh3-128, with a seed that is drawn for each run of a verification: who writes to the volume cannot prepare blocks that
-collide. A range is compared by one digest first, and block by block only where that differs.
+xxh3-128, with a seed that is drawn for each run of a verification (a resync takes the number of its session): who
+writes to the volume cannot prepare blocks that collide. A verification compares a range by one digest first, and block
+by block only where that differs.
 """
 
 import struct
@@ -27,8 +28,8 @@ def digest(data: bytes, seed: int) -> bytes:
 
 def block_digests(data: bytes, seed: int) -> bytes:
     """Of each 4 KiB of a range (its last block may be shorter), one after the other."""
-    view = memoryview(data)
-    return b"".join(xxhash.xxh3_128_digest(view[at : at + BLOCK_SIZE], seed) for at in range(0, len(data), BLOCK_SIZE))
+    view, digest_of = memoryview(data), xxhash.xxh3_128_digest
+    return b"".join(digest_of(view[at : at + BLOCK_SIZE], seed) for at in range(0, len(data), BLOCK_SIZE))
 
 
 def differing(mine: bytes, theirs: bytes) -> Runs:

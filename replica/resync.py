@@ -13,18 +13,18 @@ The rules this file keeps (docs/architecture, "Cover" and "Resync against applic
 
 import asyncio
 import collections
-import contextlib
-import math
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from replica import sync_hash, wire
 from replica.bitmap import BLOCK_SHIFT, BLOCK_SIZE, Bitmap, blocks_of
+from replica.digests import block_digests
 from replica.link import PeerLink
 from replica.range_lock import RangeLocks
 from replica.store import Store
-from replica.sync_rate import FeedbackRate, FixedRate, Pace
+from replica.sync_rate import pace_of
 from replica.tasks import spawn
+from replica.throttle import Throttle
 
 CHUNK_BYTES: Final = 256 << 10
 #: Sent and not yet acknowledged, at most.
@@ -65,17 +65,12 @@ class SyncSource:
         self._store = store
         self._bitmap = bitmap
         self._locks = locks
-        self._pace: Pace = (
-            FeedbackRate(CHUNK_BYTES, WINDOW_BYTES)
-            if rate_bytes_s is None
-            else FixedRate(rate_bytes_s, CHUNK_BYTES, WINDOW_BYTES)
-        )
+        self._throttle = Throttle(pace_of(rate_bytes_s, CHUNK_BYTES, WINDOW_BYTES), clock_s)
         self._sampling = sync_hash.Sampling() if ask else None
         self._now: Final = clock_s
         self._number = 0
         #: Number of a frame -> how much work it is, and when it was sent.
         self._unacknowledged: dict[int, tuple[int, float]] = {}
-        self._in_window = 0
         #: Number of a question -> the range that it is about.
         self._asked: dict[int, tuple[int, int]] = {}
         #: What differs, as the target says.
@@ -96,24 +91,12 @@ class SyncSource:
         self._checkpoint_due_s = 0.0
         self._checkpoints: dict[int, Ranges] = {}
         self._progress = asyncio.Event()
-        self._running = asyncio.Event()
-        self._running.set()
+        self.pause: Final = self._throttle.pause
+        self.client_wrote: Final = self._throttle.client_wrote
         link.handlers[wire.SYNC_ACK] = self._on_ack
         link.handlers[wire.SYNC_FLUSHED] = self._on_flushed
         if ask:
             link.handlers[wire.SYNC_DIFFERS] = self._on_differs
-
-    def pause(self, paused: bool) -> None:
-        """Stop sending (what is sent is still settled), or go on."""
-        if paused:
-            self._running.clear()
-        else:
-            self._running.set()
-
-    def client_wrote(self, sent_s: float, now_s: float) -> None:
-        """A client's write that went to the peer at `sent_s` is acknowledged (`Volume.time_writes`)."""
-        self._pace.wrote(sent_s, now_s)
-        self._told()
 
     async def run(self) -> None:
         """Send until no bit is left. Cancel it when the link is lost. OSError."""
@@ -143,7 +126,7 @@ class SyncSource:
     async def _send_range(self, position: int, stop: int) -> None:
         """Send [position, stop) in pieces of whole blocks: what of it is in the source, and its holes as holes."""
         while position < stop:
-            await self._running.wait()
+            await self._throttle.running()
             start, data_stop = await self._next_data(position, stop)
             if start - position >= MIN_HOLE_BYTES or start >= stop:
                 await self._until(lambda: self._holes < MOST_HOLES)
@@ -152,7 +135,7 @@ class SyncSource:
                 position = start
                 continue
             while position < data_stop:
-                piece_stop = min(position + self._pace.piece_bytes(self._now()), data_stop)
+                piece_stop = min(position + self._throttle.piece_bytes(), data_stop)
                 await self._send_piece(position, piece_stop)
                 await self._send_wanted()
                 position = piece_stop
@@ -184,7 +167,8 @@ class SyncSource:
         async with self._locks.hold(start, stop):
             stop, _ = await self._look(start, stop)
             if stop > start:
-                number = self._numbered(0)
+                self._number = number = self._number + 1
+                self._unacknowledged[number] = 0, 0.0
                 self._link.send(wire.SYNC_ZERO, wire.pack_length(stop - start), sequence=number, offset=start)
                 await self._until(lambda: number not in self._unacknowledged)
         self._holes -= 1
@@ -194,7 +178,7 @@ class SyncSource:
     async def _send_piece(self, start: int, stop: int) -> None:
         """Send [start, stop), or ask the target whether it has to be sent."""
         if self._sampling is not None and self._sampling.wanted(blocks_of(start, stop - start)[1]):
-            await self._room(stop - start)
+            await self._throttle.room(stop - start)
             await self._read_and(self._send_question, start, stop)
         else:
             await self._send_data(start, stop)
@@ -204,12 +188,12 @@ class SyncSource:
         while self._wanted:
             start, stop = self._wanted.popleft()
             while start < stop:
-                piece_stop = min(start + self._pace.piece_bytes(self._now()), stop)
+                piece_stop = min(start + self._throttle.piece_bytes(), stop)
                 await self._send_data(start, piece_stop)
                 start = piece_stop
 
     async def _send_data(self, start: int, stop: int) -> None:
-        await self._room(stop - start)
+        await self._throttle.room(stop - start)
         await self._read_and(self._send_read, start, stop)
         self._settle(start, stop)
 
@@ -238,35 +222,21 @@ class SyncSource:
             await self._store.prefetch(position, stop - position)
 
     def _send_read(self, start: int, data: bytes) -> None:
-        number = self._numbered(len(data))
-        self._pace.sent(len(data), len(data), self._now())
+        number = self._numbered(len(data), len(data))
         self._link.send_in_place(wire.SYNC_DATA, data, sequence=number, offset=start)
         self._sent_bytes += len(data)
         self.data_bytes += len(data)
 
     def _send_question(self, start: int, data: bytes) -> None:
-        hashes = sync_hash.digests(data, self._link.session)
-        number = self._numbered(len(data))
-        self._pace.sent(len(data), len(hashes), self._now())
+        hashes = block_digests(data, self._link.session)
+        number = self._numbered(len(data), len(hashes))
         self._asked[number] = start, start + len(data)
         self._link.send(wire.SYNC_HASH, hashes, sequence=number, offset=start)
 
-    def _numbered(self, length: int) -> int:
+    def _numbered(self, length: int, on_wire: int) -> int:
         self._number += 1
-        self._unacknowledged[self._number] = length, self._now()
-        self._in_window += length
+        self._unacknowledged[self._number] = length, self._throttle.begun(length, on_wire)
         return self._number
-
-    async def _room(self, length: int) -> None:
-        """Wait until `length` bytes may be sent: not paused, window open, rate kept."""
-        while True:
-            await self._running.wait()
-            wait_s = self._pace.wait_s(length, self._in_window, self._now())
-            if wait_s <= 0:
-                return
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(None if wait_s == math.inf else wait_s):
-                    await self._something()
 
     # ── settling ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -293,9 +263,7 @@ class SyncSource:
     def _acknowledged(self, sequence: int) -> None:
         length, sent_s = self._unacknowledged.pop(sequence, (0, 0.0))
         if length:
-            self._in_window -= length
-            now_s = self._now()
-            self._pace.acknowledged(length, now_s - sent_s, self._in_window, now_s)
+            self._throttle.ended(length, sent_s)
         self._told()
 
     def _on_differs(self, flags: int, sequence: int, offset: int, payload: memoryview) -> None:
@@ -327,14 +295,10 @@ class SyncSource:
 
     async def _until(self, true: Callable[[], bool]) -> None:
         while not true():
-            await self._something()
-
-    async def _something(self) -> None:
-        """Return when `_told` is called next; several may wait."""
-        await self._progress.wait()
+            await self._progress.wait()
 
     def _told(self) -> None:
-        """Something has changed for whoever waits."""
+        """Something has changed for all who wait."""
         self._progress.set()
         self._progress = asyncio.Event()
 
@@ -404,7 +368,7 @@ class SyncTarget:
         self._compare(sequence, offset, data, hashes)
 
     def _compare(self, sequence: int, offset: int, data: bytes, hashes: bytes | memoryview) -> None:
-        answer = sync_hash.differing(sync_hash.digests(data, self._link.session), bytes(hashes))
+        answer = sync_hash.differing(block_digests(data, self._link.session), bytes(hashes))
         for differ, first, count in sync_hash.runs(answer, sync_hash.count_of(hashes)):
             if not differ:
                 self._applied.append(((offset >> BLOCK_SHIFT) + first, count))

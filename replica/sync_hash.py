@@ -1,18 +1,16 @@
 """Comparing blocks by their hashes before they are sent. After a crash whole extents are dirty, and few blocks differ.
 
-Pure. XXH3-128, seeded with the number of the session, so that no two sessions would miss the same pair of blocks. Two
-blocks that differ have the same hash with a probability of 2**-128; it is no protection against blocks that are made to
-collide (of the kernel's hashes, DRBD's csums-alg may be one that is none either).
+Pure. The hashes are `replica.digests.block_digests`, seeded with the number of the session, so that no two sessions
+would miss the same pair of blocks. Two blocks that differ have the same hash with a probability of 2**-128; it is no
+protection against blocks that are made to collide (of the kernel's hashes, DRBD's csums-alg may be one that is none
+either).
 """
 
 from collections.abc import Iterator
 from typing import Final
 
-import xxhash
+from replica.digests import DIGEST_BYTES
 
-from replica.bitmap import BLOCK_SIZE
-
-DIGEST_BYTES: Final = 16
 #: Shorter runs are sent at once: a question and an answer would cost as much.
 LEAST_BLOCKS: Final = 8
 #: Asking pays when so many of the blocks are equal. (It spares the network, and costs both nodes a read.)
@@ -21,12 +19,6 @@ WORTH_SHARE: Final = 0.25
 SAMPLE_EVERY: Final = 16
 #: How much one answer counts for the next question.
 _WEIGHT: Final = 0.25
-
-
-def digests(data: bytes | memoryview, seed: int) -> bytes:
-    """The hashes of the blocks of `data`, one behind the other; the last block may be a part of one."""
-    view, digest = memoryview(data), xxhash.xxh3_128_digest
-    return b"".join(digest(view[at : at + BLOCK_SIZE], seed) for at in range(0, len(view), BLOCK_SIZE))
 
 
 def count_of(hashes: bytes | memoryview) -> int:

@@ -1,4 +1,5 @@
-"""How much of a resync may be under way at a moment, so that clients hardly feel it. Pure: samples and time come in.
+"""How much of a resync, or a verification, may be under way at a moment, so that clients hardly feel it. Pure: samples
+and time come in; `replica.throttle` waits.
 
 One number is controlled, the *window*: bytes that were sent and that the target has not acknowledged. A window smaller
 than one piece means a pause after each piece.
@@ -89,10 +90,13 @@ class FixedRate:
 
 
 class FeedbackRate:
-    """As fast as clients hardly feel; `piece_bytes` and `window_bytes` are for when there are none."""
+    """As fast as clients hardly feel; `piece_bytes` and `window_bytes` are for when there are none. `queue_s`: see
+    above; infinite for work whose time is that of the disks.
+    """
 
-    def __init__(self, piece_bytes: int, window_bytes: int) -> None:
+    def __init__(self, piece_bytes: int, window_bytes: int, queue_s: float = QUEUE_S) -> None:
         self._piece_bytes = piece_bytes
+        self._queue_s = queue_s
         self._small_bytes = min(PIECE_BYTES, piece_bytes)
         self._most_bytes = max(window_bytes, piece_bytes)
         self._window = float(min(self._most_bytes, 4 * piece_bytes))
@@ -142,7 +146,7 @@ class FeedbackRate:
                 pause_s = min(delay_s * (length / self._window - 1), length / LEAST_BYTES_S - delay_s)
                 self._next_s = now_s + max(0.0, pause_s)
             return
-        off_target = 1 - (delay_s - self._least_delay_s) / QUEUE_S
+        off_target = 1 - (delay_s - self._least_delay_s) / self._queue_s
         self._set_window(max(self._small_bytes, self._window + max(-1.0, off_target) * length))
 
     def wrote(self, sent_s: float, now_s: float) -> None:
@@ -188,3 +192,10 @@ class FeedbackRate:
             self._without_s *= 1 + 9 * _STEP
         else:
             self._without_s *= 1 - _STEP
+
+
+def pace_of(rate_bytes_s: int | None, piece_bytes: int, window_bytes: int, queue_s: float = QUEUE_S) -> Pace:
+    """At a fixed rate, or None: by feedback."""
+    if rate_bytes_s is None:
+        return FeedbackRate(piece_bytes, window_bytes, queue_s)
+    return FixedRate(rate_bytes_s, piece_bytes, window_bytes)

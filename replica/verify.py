@@ -8,6 +8,7 @@ repaired at the end of the run: the Primary sends what it has once more, as if a
 
 import asyncio
 import logging
+import math
 from typing import TYPE_CHECKING, Any, Final
 
 from replica import wire
@@ -16,12 +17,13 @@ from replica.bitmap import BLOCK_SHIFT, BLOCK_SIZE, blocks_of
 from replica.errors import Refused, ReplicaError
 from replica.hooks import Event
 from replica.link import LinkLost, PeerLink
-from replica.pace import FixedRate, Pace
 from replica.states import Replication, Role
 from replica.superblock import MAX_VOLUME_BYTES
+from replica.sync_rate import pace_of
 from replica.tasks import spawn
+from replica.throttle import Throttle
 from replica.verify_report import VerifyProgress, ended
-from replica.verify_walk import Answers, CannotVerify, Walker
+from replica.verify_walk import CHUNK_BYTES, WINDOW_BYTES, Answers, CannotVerify, Walker
 
 if TYPE_CHECKING:
     from replica.resource import Resource
@@ -51,6 +53,7 @@ class Verification:
         self._beginning = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._numbers = 0
+        self._throttle: Throttle
         for kind in (wire.VERIFY_DIGEST, wire.VERIFY_DATA):
             link.handlers[kind] = self._on_answer
         for kind in (wire.VERIFY_HASH, wire.VERIFY_BLOCKS, wire.VERIFY_HOLE, wire.VERIFY_DONE):
@@ -87,11 +90,8 @@ class Verification:
         finally:
             self._beginning = False
         progress = self._start(resource.node_name, start, stop, repair)
-        self._walker = Walker(self._link, resource.volume, self._pace(), progress, seed, self._numbers)
+        self._walker = Walker(self._link, resource.volume, self._throttle, progress, seed, self._numbers)
         self._run = spawn(self._drive(self._walker, progress), "verification")
-
-    def _pace(self) -> Pace:
-        return FixedRate(self._resource.settings.verify_rate_bytes_s)
 
     async def _begin_answering(self, message: dict[str, Any]) -> None:
         """The peer drives a run."""
@@ -104,7 +104,7 @@ class Verification:
         if not 0 < seed < 1 << 64:
             raise wire.ProtocolError("the seed of a verification is no 64-bit number.")
         progress = self._start(resource.peer_name, start, stop, repair)
-        self._answers = Answers(self._link, resource.volume, progress, seed, resource.disk_failed)
+        self._answers = Answers(self._link, resource.volume, self._throttle, progress, seed, resource.disk_failed)
 
     def _start(self, driver: str, start: int, stop: int, repair: bool) -> VerifyProgress:
         resource = self._resource
@@ -112,10 +112,19 @@ class Verification:
         now_s = asyncio.get_running_loop().time()
         progress = VerifyProgress(resource.verifications, driver, start, stop, repair, now_s)
         resource.verify_progress = progress
+        pace = pace_of(resource.settings.verify_rate_bytes_s, CHUNK_BYTES, WINDOW_BYTES, queue_s=math.inf)
+        self._throttle = Throttle(pace, resource.clock_s)
+        self._time_writes()
         words = " and repair what differs" if repair else ""
         log.info("%s: %s begins to verify %d to %d%s", resource.name, driver, start, stop, words)
         resource.changed()
         return progress
+
+    def _time_writes(self) -> None:
+        """Have the throttle know what a run costs this node's clients. (Promotion, and a new link, begin it anew.)"""
+        volume = self._resource.volume
+        if volume.mirroring and not volume.times_writes:
+            volume.time_writes(self._throttle.client_wrote, self._resource.clock_s)
 
     @property
     def running(self) -> bool:
@@ -276,6 +285,8 @@ class Verification:
         """A state has changed: a run goes on only while both copies are in sync."""
         if self.running and not self._in_sync:
             self._finish("the two copies are not in sync any more", tell=True)
+        elif self.running:
+            self._time_writes()
 
     def end(self, reason: str) -> None:
         """The link is gone."""
@@ -306,6 +317,8 @@ class Verification:
             return
         self._walker = self._answers = self._run = None
         resource.verify_progress = None
+        if resource.attached:
+            resource.volume.time_no_writes()
         if walker is not None:
             self._numbers = walker.number
         result = resource.verify_result = ended(progress, asyncio.get_running_loop().time(), reason)

@@ -23,14 +23,14 @@ from replica.digests import Runs, block_digests, differing, digest, pack_runs, u
 from replica.errors import ReplicaError
 from replica.group_commit import GroupCommit
 from replica.link import PeerLink
-from replica.pace import Pace
 from replica.tasks import spawn
+from replica.throttle import Throttle
 from replica.verify_report import VerifyProgress
 
 if TYPE_CHECKING:
     from replica.volume import Volume
 
-#: What is locked, asked and compared at once: a client's write to it waits for a round trip and two reads.
+#: What is locked, asked and compared at once, at most: a client's write to it waits for a round trip and two reads.
 CHUNK_BYTES: Final = 256 << 10
 #: Asked for and not yet compared: bounds what a client's write can queue behind, and the ranges that are locked.
 WINDOW_BYTES: Final = 4 << 20
@@ -88,12 +88,18 @@ class Walker:
     """The driver's side of one run, from `progress.start` to `progress.stop`."""
 
     def __init__(
-        self, link: PeerLink, volume: "Volume", pace: Pace, progress: VerifyProgress, seed: int, first_number: int
+        self,
+        link: PeerLink,
+        volume: "Volume",
+        throttle: Throttle,
+        progress: VerifyProgress,
+        seed: int,
+        first_number: int,
     ) -> None:
         self._link = link
         self._volume = volume
         self._locks = volume.admission.locks
-        self._pace = pace
+        self._throttle = throttle
         self._progress = progress
         self._seed = seed
         #: The number of the last range. Never used again on a link: an answer of an earlier run is told from ours.
@@ -134,9 +140,9 @@ class Walker:
             await self._until(lambda: self._under_way_bytes < WINDOW_BYTES)
             position, stop = await self._common_hole(position, min(start, position + MAX_HOLE_BYTES))
         while position < stop:
-            piece_stop = min(position + CHUNK_BYTES, stop)
             await self._until(lambda: self._under_way_bytes < WINDOW_BYTES)
-            await self._pace.room(piece_stop - position)
+            piece_stop = min(position + self._throttle.piece_bytes(), stop)
+            await self._throttle.room(piece_stop - position)
             self._begin(position, piece_stop)
             position = piece_stop
         return position
@@ -162,7 +168,8 @@ class Walker:
     def _begin(self, start: int, stop: int) -> None:
         self._progress.front.begin(start)
         self._under_way_bytes += stop - start
-        task = spawn(self._compare(start, stop), "verification of a range")
+        begun_s = self._throttle.begun(stop - start, stop - start)
+        task = spawn(self._compare(start, stop, begun_s), "verification of a range")
         self._tasks.add(task)
         task.add_done_callback(self._ended)
 
@@ -170,12 +177,13 @@ class Walker:
         self._tasks.discard(task)
         self._moved.set()
 
-    async def _compare(self, start: int, stop: int) -> None:
+    async def _compare(self, start: int, stop: int, begun_s: float) -> None:
         try:
             await self._compare_locked(start, stop)
         except (OSError, ReplicaError) as error:
             self._failure = self._failure or error
         self._under_way_bytes -= stop - start
+        self._throttle.ended(stop - start, begun_s)
 
     async def _compare_locked(self, start: int, stop: int) -> None:
         async with self._locks.hold(start, stop):
@@ -228,12 +236,14 @@ class Answers:
         self,
         link: PeerLink,
         volume: "Volume",
+        throttle: Throttle,
         progress: VerifyProgress,
         seed: int,
         disk_failed: Callable[[OSError], None],
     ) -> None:
         self._link = link
         self._volume = volume
+        self._throttle = throttle
         self._progress = progress
         self._seed = seed
         self._disk_failed = disk_failed
@@ -305,9 +315,14 @@ class Answers:
         let_go: asyncio.Event,
         answer: Callable[[int, int, int], Coroutine[Any, Any, None]],
     ) -> None:
+        # Of a hole nothing is read.
+        length = 0 if answer == self._find_data else stop - start
+        await self._throttle.room(length)
+        begun_s = self._throttle.begun(length, length)
         async with self._volume.admission.locks.hold(start, stop):
             await self._answer(sequence, answer(sequence, start, stop))
             await let_go.wait()
+        self._throttle.ended(length, begun_s)
 
     async def _answer(self, sequence: int, answer: Coroutine[Any, Any, None]) -> None:
         try:

@@ -151,6 +151,11 @@ class Volume:
         self._write_times = WriteTimes(self._link, lambda: self._sequence, timed, clock_s)
         self._send_writes = self._write_times.send_buffers
 
+    @property
+    def times_writes(self) -> bool:
+        """Whether somebody is told."""
+        return self._write_times is not None
+
     def time_no_writes(self) -> None:
         """From now on it costs nothing."""
         times, self._write_times = self._write_times, None

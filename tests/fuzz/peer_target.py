@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,8 @@ from replica.mirror import Mirror
 from replica.range_lock import RangeLocks
 from replica.resync import SyncTarget
 from replica.side_message import pack_side, unpack_side
+from replica.sync_rate import pace_of
+from replica.throttle import Throttle
 from replica.verify_report import VerifyProgress
 from replica.verify_walk import Answers
 
@@ -128,7 +131,9 @@ class Owner:
             store=self.store, bitmap=self.bitmap, metadata=self, admission=SimpleNamespace(locks=self.locks)
         )
         progress = VerifyProgress(1, "node2", 8192, SIZE_BYTES, repair=False, began_s=0.0)
-        answers = self.answers = Answers(link, volume, progress, 1, self._failed)
+        answers = self.answers = Answers(
+            link, volume, Throttle(pace_of(None, 65536, 65536), time.monotonic), progress, 1, self._failed
+        )
         link.handlers[wire.VERIFY_HASH] = answers.on_hash
         link.handlers[wire.VERIFY_BLOCKS] = answers.on_blocks
         link.handlers[wire.VERIFY_HOLE] = answers.on_hole

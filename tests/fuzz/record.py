@@ -17,9 +17,9 @@ from pathlib import Path
 
 import msgpack
 
-from replica import auth, sync_hash, wire
+from replica import auth, wire
 from replica.bitmap import BLOCK_SIZE, Bitmap
-from replica.digests import pack_runs
+from replica.digests import block_digests, pack_runs
 from replica.heartbeat.node_state import Claim, GroupState, NodeState, Phase, Readiness, Ready, Status
 from replica.side_message import pack_side
 from tests.fuzz import heartbeat_target, peer_target
@@ -187,8 +187,8 @@ def _made_by_hand() -> None:
     _keep("peer-frames", "resync", b"\x0a" + resync)
     questions = b"".join(
         (
-            wire.pack(wire.SYNC_HASH, sync_hash.digests(bytes(BLOCK_SIZE), 1), sequence=1, offset=BLOCK_SIZE),
-            wire.pack(wire.SYNC_HASH, sync_hash.digests(bytes(3 * BLOCK_SIZE), 1), sequence=2),
+            wire.pack(wire.SYNC_HASH, block_digests(bytes(BLOCK_SIZE), 1), sequence=1, offset=BLOCK_SIZE),
+            wire.pack(wire.SYNC_HASH, block_digests(bytes(3 * BLOCK_SIZE), 1), sequence=2),
             wire.pack(wire.SYNC_FLUSH, sequence=3),
         )
     )

@@ -170,7 +170,7 @@ def test_an_equal_block_is_clean_only_once_the_target_has_flushed_it(tmp_path: P
         running = asyncio.ensure_future(copies.source.run())
         await copies.target_store.flush_asked.wait()
         while copies.source.equal_bytes + copies.target.received_bytes < SIZE_BYTES:
-            await copies.source._something()
+            await copies.source._progress.wait()
         assert [bitmap.count for bitmap in copies.bitmaps] == [BLOCKS, BLOCKS]
         copies.target_store.gate.set()
         await running

@@ -6,19 +6,20 @@ import pytest
 
 from replica import sync_hash
 from replica.bitmap import BLOCK_SIZE
+from replica.digests import block_digests
 
 SEED = 0x1234
 
 
 @pytest.mark.parametrize("length", [1, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 5 * BLOCK_SIZE + 512])
 def test_each_block_has_one_hash(length: int) -> None:
-    hashes = sync_hash.digests(random.Random(1).randbytes(length), SEED)
+    hashes = block_digests(random.Random(1).randbytes(length), SEED)
     assert sync_hash.count_of(hashes) == -(-length // BLOCK_SIZE)
 
 
 def test_hashes_are_of_the_session() -> None:
     data = b"x" * BLOCK_SIZE
-    assert sync_hash.digests(data, 1) != sync_hash.digests(data, 2)
+    assert block_digests(data, 1) != block_digests(data, 2)
 
 
 @pytest.mark.parametrize("length", [0, 15, 17])
@@ -36,7 +37,7 @@ def test_an_answer_names_the_blocks_that_differ(count: int) -> None:
         changed = {block for block in range(count) if rng.random() < rng.choice((0.0, 0.1, 0.5, 1.0))}
         for block in changed:
             theirs[block * BLOCK_SIZE + rng.randrange(BLOCK_SIZE)] ^= 1
-        answer = sync_hash.differing(sync_hash.digests(mine, SEED), sync_hash.digests(theirs, SEED))
+        answer = sync_hash.differing(block_digests(mine, SEED), block_digests(theirs, SEED))
         found: list[bool] = []
         for differ, first, length in sync_hash.runs(answer, count):
             assert first == len(found) and length > 0
