@@ -328,6 +328,10 @@ def test_an_older_peer_does_not_know_it(libnbd: Any, new_cluster: Callable[..., 
             pair.node2.ctl("verify")
         answered.result()
     assert pair.node2.volume()["verify"] is None
+    # It is not told what it does not know, and would end the link for.
+    fake.send(wire.pack(wire.PING))
+    frames = iter(fake.receive_any, (wire.PONG, b""))
+    assert all(not wire.kind_name(kind).startswith("VERIFY") for kind, _ in frames)
     fake.close()
 
 
