@@ -46,14 +46,19 @@ class Resize:
             )
         clean = assume_clean or min(hole_to, their_hole_to) >= new_bytes
         request = {"op": GROW, "size": size_bytes, "to": new_bytes, "clean": clean}
-        if resource.state.peer_role is Role.PRIMARY:
-            await self._grow(size_bytes, new_bytes, clean=clean)
-            await self._ask(request)
-        else:
-            await self._ask(request)
-            await self._grow(size_bytes, new_bytes, clean=clean)
-        if not clean:
-            resource.renegotiate(f"{resource.name} has grown to {new_bytes} bytes.")
+        grown = False
+        try:
+            if resource.state.peer_role is Role.PRIMARY:
+                await self._grow(size_bytes, new_bytes, clean=clean)
+                await self._ask(request)
+            else:
+                await self._ask(request)
+                await self._grow(size_bytes, new_bytes, clean=clean)
+            grown = True
+        finally:
+            if not (grown and clean):
+                # To copy what is new; or to agree on a size, should only one of the two have grown.
+                resource.renegotiate(f"the size of {resource.name} has changed to {new_bytes} bytes.")
 
     async def asked(self, message: dict[str, Any]) -> dict[str, Any] | None:
         """Carry out the peer's request, and what to add to the answer; None: it is not about resizing."""

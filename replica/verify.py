@@ -83,8 +83,8 @@ class Verification:
             await self._ask(message)
             if self._link.closed or not self._in_sync:
                 raise Refused(f"{resource.name} is not in sync with {resource.peer_name} any more: try again later.")
-        except BaseException:
-            # It may have begun, or be about to.
+        except (Refused, asyncio.CancelledError):
+            # Not the peer's refusal: it has begun, or may be about to.
             self._link.send_map(wire.VERIFY_END, {"reason": "the run has not begun", "repaired": 0})
             raise
         finally:

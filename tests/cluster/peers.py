@@ -50,12 +50,13 @@ class FakePeer:
     def receive(self, wanted: int) -> bytes:
         """The payload of the next frame of this kind; others are passed over."""
         while True:
-            kind, payload = self._frame()
+            kind, payload = self.receive_any()
             if kind == wanted:
                 return payload
             assert kind != wire.ERROR, payload.decode()
 
-    def _frame(self) -> tuple[int, bytes]:
+    def receive_any(self) -> tuple[int, bytes]:
+        """The next frame: its kind and payload."""
         self._need(wire.HEADER_BYTES)
         kind, _, _, length, _, _, _ = wire.HEADER.unpack_from(self._buffer)
         self._need(wire.HEADER_BYTES + length)

@@ -3,15 +3,20 @@
 import os
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
+from replica import wire
+from replica.digests import pack_runs
 from replica.errors import ReplicaError
 from replica.hooks import Event
 from tests.cluster.cluster import MIB, Cluster, Node, open_nbd
 from tests.cluster.load import Load, Model
+from tests.cluster.peers import FakePeer
 from tests.cluster.test_hooks import Line, Recorder, line, recorder  # noqa: F401 - fixtures
+from tests.cluster.test_peer_port import with_fake_peer
 
 BLOCK = 4096
 #: Blocks that are planted: both sides of a chunk's end, a run of two, the first and the last of the volume.
@@ -303,6 +308,83 @@ def test_refusals(pair: Cluster) -> None:
     node2.wait_alone()
     assert "not connected" in refused(node1)
     assert "not connected" in refused(node2)
+
+
+# ── peers that are older, or broken ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_older_peer_does_not_know_it(libnbd: Any, new_cluster: Callable[..., Cluster]) -> None:
+    pair = new_cluster(timeout="30").up()  # the fake one does not say that it lives
+    fake = with_fake_peer(pair)
+    sentence = "node1 does not know the request 'verify': update the older node."
+
+    def answer() -> None:
+        assert wire.unpack_map(fake.receive(wire.REQUEST))["op"] == "verify"
+        fake.send(wire.pack(wire.REPLY, wire.pack_map({"error": sentence}), sequence=1))
+
+    with ThreadPoolExecutor(1) as other:
+        answered = other.submit(answer)
+        with pytest.raises(ReplicaError, match=sentence):
+            pair.node2.ctl("verify")
+        answered.result()
+    assert pair.node2.volume()["verify"] is None
+    # It is not told what it does not know, and would end the link for.
+    fake.send(wire.pack(wire.PING))
+    frames = iter(fake.receive_any, (wire.PONG, b""))
+    assert all(not wire.kind_name(kind).startswith("VERIFY") for kind, _ in frames)
+    fake.close()
+
+
+def begun(fake: FakePeer, size_bytes: int) -> None:
+    message = {"op": "verify", "from": 0, "to": size_bytes, "seed": 1, "repair": False}
+    fake.send(wire.pack(wire.REQUEST, wire.pack_map(message), sequence=1))
+    assert wire.unpack_map(fake.receive(wire.REPLY)) == {"ok": True}
+
+
+def test_a_driver_that_vanishes_leaves_nothing_locked(pair: Cluster) -> None:
+    fake = with_fake_peer(pair)
+    begun(fake, pair.size_bytes)
+    fake.send(wire.pack(wire.VERIFY_HASH, wire.pack_length(MIB), sequence=1, offset=0))
+    assert len(fake.receive(wire.VERIFY_DIGEST)) == 16
+    fake.send(wire.pack(wire.VERIFY_BLOCKS, sequence=1))
+    assert len(fake.receive(wire.VERIFY_DIGEST)) == 16 * MIB // BLOCK
+    fake.close()
+    pair.node2.wait_alone()
+    pair.node2.ctl("promote")
+    pair.node2.write(0, b"x" * MIB)
+    last = pair.node2.volume()["last_verify"]
+    assert (last["complete"], last["position_bytes"], last["driver"]) == (False, 0, "node1")
+
+
+def test_frames_that_are_out_of_bounds_end_the_link(pair: Cluster) -> None:
+    size_bytes, length = pair.size_bytes, wire.pack_length(MIB)
+    pair.node1.stop()
+    for what, frames in {
+        "beyond the end": [wire.pack(wire.VERIFY_HASH, length, sequence=1, offset=size_bytes - BLOCK)],
+        "too long": [wire.pack(wire.VERIFY_HASH, wire.pack_length(2 * MIB), sequence=1)],
+        "not a block": [wire.pack(wire.VERIFY_HOLE, length, sequence=1, offset=512)],
+        "twice": [wire.pack(wire.VERIFY_HOLE, length, sequence=1)] * 2,
+        "not held": [wire.pack(wire.VERIFY_DONE, sequence=7)],
+        "blocks of nothing": [wire.pack(wire.VERIFY_BLOCKS, sequence=7)],
+        "other blocks": [
+            wire.pack(wire.VERIFY_HASH, length, sequence=1),
+            wire.pack(wire.VERIFY_DONE, pack_runs([(255, 2)]), sequence=1),
+        ],
+        "too many": [wire.pack(wire.VERIFY_HOLE, wire.pack_length(BLOCK), sequence=at) for at in range(1000)],
+        "complete": [wire.pack(wire.VERIFY_END, wire.pack_map({"reason": 7, "repaired": 0}))],
+    }.items():
+        pair.node2.wait_alone()
+        fake = FakePeer(pair)
+        fake.be_in_step()
+        pair.node2.wait_replication("Established")
+        begun(fake, size_bytes)
+        for frame in frames:
+            fake.send(frame)
+        with pytest.raises((AssertionError, ConnectionError)):
+            fake.receive(wire.VERIFY_END)
+        fake.close()
+        assert pair.node2.wait_alone()["volumes"][0]["out_of_sync_bytes"] == 0, what
+    assert "Traceback" not in pair.node2.log()
 
 
 # ── what is told ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -135,6 +135,16 @@ def _verified(scenario: Scenario, rng: random.Random) -> None:
         data.read_s = rng.choice((0.0005, 0.005))
 
 
+def _resized(scenario: Scenario, rng: random.Random) -> None:
+    """Disks with room behind the volume, on one of them not empty; nodes die in the middle of a step."""
+    _plain(scenario, rng)
+    scenario.extra_bytes, scenario.room_bytes = {}, 64 << 10
+    scenario.leftovers = rng.choice(("node1", "node2"))
+    scenario.verb_rates = {**dict.fromkeys(scenario.verb_rates, 0.0), "resize": 3.0}
+    scenario.fault_rates = {**dict.fromkeys(scenario.fault_rates, 0.0), "fuse_power": rng.choice((0.0, 3.0))}
+    scenario.restart_s = 0.02
+
+
 def _without_disk(scenario: Scenario, rng: random.Random) -> None:
     """The Primary's disk is detached or fails again and again, links break, nodes die."""
     _plain(scenario, rng)
@@ -582,6 +592,30 @@ CANARIES = (
             _, theirs = await self._ask(wire.VERIFY_HASH, number, start, stop)
 """,
         _verified,
+    ),
+    Canary(
+        "grown-clean",
+        "what is new counts as equal without a look at it",
+        "replica.resize:Resize.run",
+        "clean = assume_clean or",
+        "clean = True or",
+        _resized,
+    ),
+    Canary(
+        "size-before-bits",
+        "the new size is recorded before what is new is dirty",
+        "replica.metadata:Metadata.grow",
+        """\
+        await self.save_bitmap(bitmap)
+        superblock.size_bytes = size_bytes
+        await self.save_superblock()
+""",
+        """\
+        superblock.size_bytes = size_bytes
+        await self.save_superblock()
+        await self.save_bitmap(bitmap)
+""",
+        _resized,
     ),
 )
 

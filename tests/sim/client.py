@@ -89,6 +89,7 @@ class Workload:
         self.errors = 0
         self._busy: dict[int, int] = {}  # sector -> writes in flight
         self._hot = 0
+        self._sectors = scenario.size_bytes // SECTOR
         self._names = [name for name, _ in scenario.mix]
         self._weights = list(itertools.accumulate(weight for _, weight in scenario.mix))
 
@@ -128,12 +129,14 @@ class Workload:
         client = self.connection(machine)
         if client is None or len(client.pending) >= self.scenario.depth:
             return
+        if self.scenario.room_bytes:  # the volume may have grown
+            self._sectors = client.export.size_bytes // SECTOR
         (name,) = self.rng.choices(self._names, cum_weights=self._weights)
         machine.world.enter(client.incarnation.loop, getattr(self, f"_{name}"), machine, client)
 
     def _place(self, longest: int) -> tuple[int, int] | None:
         """(first sector, sectors) that no write in flight touches (or any, where the scenario allows overlaps)."""
-        rng, total = self.rng, self.scenario.size_bytes // SECTOR
+        rng, total = self.rng, self._sectors
         if rng.random() < 0.05:
             self._hot = rng.randrange(total)
         count = min(1 + int(rng.expovariate(1.0) * longest / 4), longest, total)
@@ -275,7 +278,7 @@ class Workload:
         self._spawn(client, request())
 
     def _read(self, machine: "Machine", client: Connection) -> None:
-        total = self.scenario.size_bytes // SECTOR
+        total = self._sectors
         count = min(self.rng.randint(1, 16), total)
         first = (self._hot + self.rng.randrange(16)) % total if self.rng.random() < 0.5 else self.rng.randrange(total)
         first = min(first, total - count)

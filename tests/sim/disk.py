@@ -63,6 +63,11 @@ class SimDisk:
         self._durable_version: dict[int, int] = {}
         self._allocated = bytearray(-(-size_bytes // BLOCK))
 
+    def leave(self, offset: int, data: bytes) -> None:
+        """Something of an earlier use of this disk."""
+        self.cache[offset : offset + len(data)] = self.durable[offset : offset + len(data)] = data
+        self._allocate(offset, len(data))
+
     # ── the cache ────────────────────────────────────────────────────────────────────────────────────────────
 
     def read(self, offset: int, length: int) -> bytes:

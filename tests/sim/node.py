@@ -5,6 +5,7 @@ simulated `replica.runtime.Runtime`.
 import asyncio
 import random
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import replica.tasks
@@ -112,6 +113,7 @@ class Machine:
         rng: Callable[[str], random.Random],
         faults: tuple[DiskFaults, DiskFaults],
         size_bytes: int,
+        room_bytes: int = 0,
     ) -> None:
         self.world = world
         self.trace = trace
@@ -128,9 +130,10 @@ class Machine:
         self._ids = rng(f"{self.name}/ids")
         self._hooks = rng(f"{self.name}/hooks")
         self.rng = rng(f"{self.name}/machine")
-        self.data = SimDisk(rng(f"{self.name}/data"), size_bytes, faults[0])
+        self.data = SimDisk(rng(f"{self.name}/data"), size_bytes + room_bytes, faults[0])
         self.layout = self._superblock()
-        self.metadata = SimDisk(rng(f"{self.name}/metadata"), sum(self.layout.bitmap_region()), faults[1])
+        largest = replace(self.layout, size_bytes=self.data.size_bytes)
+        self.metadata = SimDisk(rng(f"{self.name}/metadata"), sum(largest.bitmap_region()), faults[1])
         #: Called whenever a state of the living incarnation changes.
         self.observe: Callable[[Machine], None] = lambda machine: None
         self.died: Callable[[Machine, Incarnation | None], None] = lambda machine, incarnation: None

@@ -336,6 +336,9 @@ class Operator:
         words = "verify --repair" if repair else "verify"
         self._do(machine, words, lambda node: node.verbs.verify(repair=repair))
 
+    def verb_resize(self, machine: "Machine") -> None:
+        self._do(machine, "resize", lambda node: node.verbs.resize())
+
     # ── what keeps the pair going ────────────────────────────────────────────────────────────────────────────
 
     def _tick(self) -> None:

@@ -138,6 +138,7 @@ class Durable:
             parted_as_primary=superblock.parted_as_primary,
             dirty=self.cover.bit_count(),
             policies=self._policies,
+            room_bytes=self.machine.data.size_bytes,
         )
 
 
@@ -374,6 +375,13 @@ class Oracle:
             return
         if (one.raw_superblock, two.raw_superblock) != raw:
             self._check_direction(verdict.kind, verdict.rule)
+
+    def leave(self, machine: "Machine", offset: int, length: int) -> None:
+        """Behind the volume's end this machine's disk has something that the other's has not. (Of write number 0, which
+        is nobody's; only that both copies must become the same tells it from zeroes.)
+        """
+        machine.data.leave(offset, (bytes(8) + b"\xee" * 8) * (length // 16))
+        self._differ |= ((1 << length // SECTOR) - 1) << offset // SECTOR
 
     def _may_differ(self, sectors: int) -> None:
         """These (one bit for each) may differ from here on."""
@@ -647,7 +655,7 @@ class Oracle:
     def _as_it_is(self, machine: "Machine", old: Lineage) -> Lineage:
         """A history that begins with what this machine has now."""
         lineage = Lineage()
-        for sector in range(machine.size_bytes // SECTOR):
+        for sector in range(machine.data.size_bytes // SECTOR):
             value = self.value_of(machine.data.cache, sector)
             if sector not in old.log and not value and not self.value_of(machine.data.durable, sector):
                 continue
@@ -790,7 +798,10 @@ class Oracle:
     def check_copies(self) -> None:
         """Both are Established and quiet."""
         one, two = self.machines
-        size_bytes = min(one.size_bytes, two.size_bytes)
+        size_bytes, *other = {machine.resource.disk.size_bytes for machine in self.machines if machine.resource}
+        if other:
+            self.fail("Copies", f"both are in sync, and have {size_bytes} and {other[0]} bytes")
+            return
         if one.data.cache[:size_bytes] != two.data.cache[:size_bytes]:
             sector = next(
                 s
@@ -805,5 +816,5 @@ class Oracle:
             return
         for machine in self.machines:
             self.check_image(machine, "Copies")
-            if any(machine.data.cache[size_bytes:]):
+            if machine.size_bytes == machine.data.size_bytes and any(machine.data.cache[size_bytes:]):
                 self.fail("Copies", f"{machine.name} was written to behind the end of the volume")

@@ -63,6 +63,7 @@ class Run:
                 scenario.rng,
                 scenario.disk[name],
                 scenario.size_bytes + scenario.extra_bytes.get(name, 0),
+                scenario.room_bytes,
             )
             for name in ("node1", "node2")
         )
@@ -78,6 +79,9 @@ class Run:
             split_brain=scenario.split_brain,
             policies={machine.name: scenario.policies_of(machine.name) for machine in self.machines},
         )
+        for machine in self.machines:
+            if machine.name == scenario.leftovers:
+                self.oracle.leave(machine, scenario.size_bytes, scenario.room_bytes)
         self.workload = Workload(scenario, self.oracle, scenario.rng("clients"))
         self.operator = Operator(self, scenario.rng("operator"))
         self.requesting = True

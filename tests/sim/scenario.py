@@ -50,6 +50,10 @@ class Scenario:
     disk: dict[str, tuple[DiskFaults, DiskFaults]]
     final_power_cut: bool
     rot: float
+    #: How much larger both disks are than the volume, which can grow.
+    room_bytes: int = 0
+    #: On which node that is not empty; "": on neither.
+    leftovers: str = ""
     #: How long hooks may take; 0: there are none.
     hook_timeout_s: float = 0.0
 
@@ -81,6 +85,7 @@ class Scenario:
             f"protocol {self.protocol}, {self.duration_s:.1f} s"
             f"{self._split_brain_words()}{', new copies' if self.fresh else ''}"
             f"{''.join(f', {name} has {extra} bytes more' for name, extra in self.extra_bytes.items())}"
+            f"{f', {self.room_bytes >> 10} KiB behind it' if self.room_bytes else ''}"
             f"{f', {bits} bits in a sector of the bitmap' if bits else ''}"
             f"{', hooks' if self.hook_timeout_s else ''}; "
             + ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items() if rate)
@@ -186,6 +191,11 @@ def draw(seed: int, bias: Callable[[Scenario, random.Random], None] | None = Non
     for data, _ in scenario.disk.values():
         data.flushes_at_once = memory.random() < 0.2
     _verification(scenario, scenario.rng("verify"))
+    sizes = scenario.rng("resize")
+    if sizes.random() < 0.15 and not scenario.extra_bytes:
+        scenario.room_bytes = sizes.choice((4 << 10, 36 << 10, 64 << 10, 200 << 10))
+        scenario.verb_rates["resize"] = sizes.choice((0.3, 1.0, 3.0))
+        scenario.leftovers = sizes.choice(("", "node1", "node2"))
     if scenario.split_brain:
         scenario.verb_rates["part"] = draw_parting_rate(seed)
     if bias is not None:
