@@ -32,7 +32,7 @@ SEEDS ?= 1000
 START ?= 1
 JOBS ?= 0
 
-.PHONY: help venv setup demo test lint format bench bench-peers bench-compare bench-switchover bench-strain bench-steps bench-in-kernel bench-failover test-hosts test-cluster tutorial soak database power-cuts hosts-setup vm-setup vm-image sim sim-canaries fuzz clients test-vm clean
+.PHONY: help venv setup demo test lint format bench bench-peers bench-compare bench-switchover bench-strain bench-steps bench-resync bench-in-kernel bench-failover test-hosts test-cluster tutorial soak database power-cuts hosts-setup vm-setup vm-image sim sim-canaries fuzz clients test-vm clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
@@ -116,6 +116,9 @@ bench-strain: setup ## a large volume, many clients and resources, slow disks (a
 
 bench-steps: setup ## where the time of a write goes: steps, system calls, functions; writes docs/benchmarks.md
 	$(BIN)/python -m bench.steps --write-docs
+
+bench-resync: setup ## how long a resync takes, by how much differs; writes docs/benchmarks.md and its chart
+	$(BIN)/python -m bench.resync_time --write-docs
 
 bench-in-kernel: setup vm-image ## beside DRBD in the kernel, in a virtual machine; writes docs/benchmarks.md
 	$(BIN)/python -m bench.in_kernel --write-docs

@@ -26,25 +26,25 @@ def latency_percentiles(title: str, latencies: Mapping[str, Latencies]) -> str:
     def nines(percentile: float) -> float:
         return -math.log10(1 - percentile / 100)
 
-    lines = {
+    points = {
         name: [(nines(step), latency_us) for step in _STEPS if (latency_us := each.percentile_us(step)) is not None]
         for name, each in latencies.items()
     }
     marks = {f"{mark:g} %": nines(mark) for mark in _MARKS}
-    return _lines(title, "percentile", lines, marks, duration, dots=False)
+    return lines(title, "percentile", points, marks, duration, dots=False)
 
 
 def rate_by_depth(title: str, rates: Mapping[str, Mapping[int, float | None]]) -> str:
     """One line for each server."""
-    lines = {
+    points = {
         name: [(math.log2(depth), rate) for depth, rate in by_depth.items() if rate] for name, by_depth in rates.items()
     }
     depths = sorted({depth for by_depth in rates.values() for depth in by_depth})
-    return _lines(title, "depth", lines, {str(depth): math.log2(depth) for depth in depths}, "{:,.0f}".format)
+    return lines(title, "depth", points, {str(depth): math.log2(depth) for depth in depths}, "{:,.0f}".format)
 
 
-def _lines(
-    title: str, x_title: str, lines: Mapping[str, Points], marks: Mapping[str, float], label: Any, *, dots: bool = True
+def lines(
+    title: str, x_title: str, points: Mapping[str, Points], marks: Mapping[str, float], label: Any, *, dots: bool = True
 ) -> str:
     """Lines through points; the vertical axis is logarithmic (pygal's own way of that takes the other one along)."""
     import pygal
@@ -71,15 +71,15 @@ def _lines(
         title=title,
         x_title=x_title,
         x_labels=[{"label": text, "value": value} for text, value in marks.items()],
-        y_labels=[{"label": label(value), "value": math.log10(value)} for value in _ticks(lines.values())],
+        y_labels=[{"label": label(value), "value": math.log10(value)} for value in _ticks(points.values())],
         show_x_guides=True,
         show_dots=dots,
         dots_size=3,
         stroke_style={"width": 2},
         truncate_legend=-1,
     )
-    for name, points in lines.items():
-        chart.add(name, [(x, math.log10(y)) for x, y in points])
+    for name, line in points.items():
+        chart.add(name, [(x, math.log10(y)) for x, y in line])
     chart.uuid = "bench"  # pygal's is another one each time
     text: str = chart.render(is_unicode=True, disable_xml_declaration=True)
     # Of the day it was made, and of scripts that nobody runs in a picture.

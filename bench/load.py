@@ -80,13 +80,13 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self._handle.shutdown()
 
-    def warm_up(self) -> None:
+    def warm_up(self, span_bytes: int = SPAN_BYTES) -> None:
         """Write the whole span once: the first write to a place costs more (activity log, memory), later ones do not.
 
         It also leaves no holes, which some servers read faster than data.
         """
         data = random.Random(3).randbytes(_FILL_BYTES)
-        for offset in range(0, SPAN_BYTES, _FILL_BYTES):
+        for offset in range(0, span_bytes, _FILL_BYTES):
             self._handle.pwrite(data, offset)
         self._handle.flush()
 

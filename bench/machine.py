@@ -34,11 +34,11 @@ def _versions(programs: Sequence[str]) -> Iterator[str]:
 
 
 def revision() -> str:
-    """The commit that is measured, with a plus sign when there is more than that; "" outside of a clone."""
+    """The commit whose programs are measured, with a plus sign when they were changed; "" outside of a clone."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         git = ["git", "-C", str(_ROOT)]
         commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], check=False)
+        changes = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "replica", "nbdserver"], check=False)
         return commit.stdout.strip() + ("+" if changes.returncode else "")
     return ""
 

@@ -178,8 +178,12 @@ def latency_table(comparison: Comparison) -> list[str]:
 
 def cost_table(comparison: Comparison) -> list[str]:
     """Processor time of a request."""
-    rows = [[row.workload.name, *(duration(row.cpu_us(name)) for name in comparison.names)] for row in comparison.rows]
-    return document.table(["processor time per request", *comparison.names], rows)
+    rows = []
+    for row in comparison.rows:
+        costs = (duration(row.cpu_us(name)) for name in comparison.names)
+        ratio = row.cpu_ratio(REPLICA, comparison.mirror(row))
+        rows.append([row.workload.name, *costs, str(ratio or "–")])
+    return document.table(["processor time per request", *comparison.names, "ratio to C mirror"], rows)
 
 
 def as_markdown(comparison: Comparison) -> list[str]:

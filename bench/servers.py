@@ -144,8 +144,16 @@ def qemu_nbd(folder: Path) -> Iterator[Target]:
 @contextlib.contextmanager
 def nbdkit(folder: Path) -> Iterator[Target]:
     """nbdkit's file plugin, unreplicated."""
-    image, path = folder / "nbdkit.img", folder / "nbdkit.nbd"
+    image = folder / "nbdkit.img"
     _sparse(image)
+    with nbdkit_of(image) as target:
+        yield target
+
+
+@contextlib.contextmanager
+def nbdkit_of(image: Path) -> Iterator[Target]:
+    """The same for an image that is there."""
+    path = image.with_suffix(".nbdkit")
     with _process(["nbdkit", "-f", "-U", str(path), "file", str(image)], path) as process:
         yield Target("nbdkit", _uri(path), (process.pid,))
 

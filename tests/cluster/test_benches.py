@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench import compare, peers, servers, switchover
+from bench import compare, peers, resync_time, servers, switchover
 from bench.load import Workload, has_fio
 from bench.measure import in_turn
 from tests.cluster.cluster import ROOT, Cluster
@@ -104,3 +104,9 @@ def test_pauses_are_measured() -> None:
     counts = {kind: each.count for kind, each in pauses.by_kind.items()}
     assert counts == {switchover.TAKEOVER: 2, switchover.PROMOTE: 1, switchover.PROMOTE_VERB: 1}
     assert pauses.errors == 0
+
+
+def test_resyncs_are_measured(libnbd: Any, fio: None) -> None:
+    times = resync_time.measure(rounds=1, size_bytes=32 << 20)
+    shares = sorted(times["resync"])
+    assert shares[-1] == 1.0 and 0 < shares[0] < 0.01 and len(shares) == 6

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bench import charts, compare, cpu_time, document, in_kernel, peers, steps, strain, switchover
+from bench import charts, compare, cpu_time, document, in_kernel, peers, resync_time, steps, strain, switchover
 from bench.expectation import Expectation
 from bench.follower import Follower
 from bench.latency import Latencies, duration, merged
@@ -165,6 +165,15 @@ def test_the_table_of_pauses() -> None:
     assert [each.verdict for each in switchover.expectations(pauses)] == ["met", "not measured", "met"]
 
 
+def test_the_table_of_resyncs() -> None:
+    times = {"resync": {0.01: [0.1, 0.3, 0.2], 1.0: [2.0]}, "nbdcopy": {1.0: [1.0]}}
+    lines = resync_time.as_markdown(times, 1 << 30)
+    assert "| resync, 1.00% of 1024 MiB | 200 ms | 51 MiB/s |" in lines
+    assert lines[-1].endswith("| 0.5 × | **missed** |")
+    assert "nbdcopy" in resync_time.chart(times)
+    assert resync_time.as_markdown({"resync": {1.0: [2.0]}, "nbdcopy": {}}, 1 << 30)[-1].endswith("| not measured |")
+
+
 def test_a_pause_is_the_longest_time_between_two_answers() -> None:
     client = Follower([], "r0")
     client.answered_s += [1.0, 5.0, 5.1, 5.2, 7.0, 7.1]
@@ -216,7 +225,7 @@ def test_only_what_is_between_the_markers_is_replaced(tmp_path: Path) -> None:
         document.write_section(file, "three", [])
 
 
-@pytest.mark.parametrize("bench", [peers, switchover, strain, steps, in_kernel])
+@pytest.mark.parametrize("bench", [peers, switchover, strain, resync_time, steps, in_kernel])
 def test_the_document_has_the_markers(bench: Any) -> None:
     text = document.BENCHMARKS.read_text()
     assert f"<!-- {bench.SECTION}: begin -->" in text and f"<!-- {bench.SECTION}: end -->" in text
