@@ -40,7 +40,7 @@ def pair(tree: Path, folder: Path, size_bytes: int, **settings: str) -> Iterator
     with Cluster(folder, size_bytes=size_bytes, **{**_DEFAULTS, **settings}) as cluster:
         for node in cluster.nodes:
             inherited = node.environment()
-            node.environment = lambda inherited=inherited: {**inherited, "PYTHONPATH": str(tree)}  # type: ignore[method-assign, misc]
+            node.environment = lambda inherited=inherited: {**inherited, "PYTHONPATH": str(tree), "PYTHONSAFEPATH": "1"}  # type: ignore[method-assign, misc]
         yield cluster
 
 

@@ -319,8 +319,8 @@ class Session:
             resource.volume.admission.locks,
             resource.settings.resync_rate_bytes_s,
             resource.clock_s,
-            # A copy that is new, or was declared bad, gets every block.
-            ask=self._peer_compares and not verdict.full,
+            # A copy that is new, or was declared bad, gets every block: its bitmap began as "all dirty".
+            ask=self._peer_compares and not resource.disk.bitmap.default_ones,
         )
         resource.volume.start_mirroring(self._link)
         resource.volume.time_writes(self._source.client_wrote, resource.clock_s)

@@ -81,6 +81,7 @@ def test_invalidate_fetches_the_whole_copy(slow_pair: Cluster) -> None:
     assert status["volumes"][0]["resync_total_bytes"] == slow_pair.size_bytes
     slow_pair.wait_in_sync()
     slow_pair.check_identical()
+    assert f"complete: {slow_pair.size_bytes} bytes of data were sent, 0 were equal" in node1.log()
 
 
 def test_invalidate_remote_sends_the_whole_copy(pair: Cluster) -> None:
