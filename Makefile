@@ -32,7 +32,7 @@ SEEDS ?= 1000
 START ?= 1
 JOBS ?= 0
 
-.PHONY: help venv setup demo test lint format bench bench-peers bench-compare bench-switchover bench-strain bench-steps bench-resync bench-in-kernel bench-failover test-hosts test-cluster tutorial soak database power-cuts hosts-setup vm-setup vm-image sim sim-canaries fuzz clients test-vm clean
+.PHONY: help venv setup demo test lint format bench bench-peers bench-compare bench-switchover bench-strain bench-steps bench-resync bench-in-kernel bench-failover test-hosts test-cluster tutorial soak database power-cuts hosts-setup vm-setup vm-image sim sim-canaries fuzz clients test-vm test-systemd clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
@@ -151,9 +151,12 @@ test-vm: setup vm-image ## the kernel's NBD client on a stock kernel: nbd-client
 	REPLICA_VM_DIR=$(VM_DIR) $(BIN)/python -m pytest -s $(AT_A_TIME) tests/vm/test_kernel_device.py \
 	  tests/vm/test_third_machine.py $(PYTEST_ARGS)
 
+test-systemd: setup vm-image ## the units of contrib/systemd and the systemd agent, in a virtual machine that runs systemd
+	REPLICA_VM_DIR=$(VM_DIR) $(BIN)/python -m pytest -s tests/vm/test_systemd.py $(PYTEST_ARGS)
+
 vm-image: vm-setup $(VM_IMAGE) # as root; cached in build/vm or $REPLICA_VM_DIR
 
-$(VM_IMAGE): tests/vm/build-image tests/vm/guest-init pyproject.toml | vm-setup
+$(VM_IMAGE): tests/vm/build-image tests/vm/guest-init tests/vm/guest-agent.service pyproject.toml | vm-setup
 	PYTHON=$(abspath $(BIN))/python tests/vm/build-image $(VM_DIR)
 
 sim: venv ## the deterministic simulator: SEEDS=1000 runs from START=1, JOBS=0 (one for each processor)

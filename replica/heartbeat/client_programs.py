@@ -52,8 +52,7 @@ class ClientPrograms:
                     log.info("respawn: %s has ended, and is not to be started again.", name)
                     return
                 log.warning("respawn: %s has ended (status %d): starting it again.", name, status)
-            # One that ends at once is not worth more and more of the machine.
-            pause_s = min(pause_s * 2, _LONGEST_PAUSE_S) if loop.time() - began_s < _LONGEST_PAUSE_S else _PAUSE_S
+            pause_s = next_pause_s(pause_s, loop.time() - began_s)
             await asyncio.sleep(pause_s)
 
     async def _run(self, program: Respawn) -> int:
@@ -80,6 +79,13 @@ class ClientPrograms:
             loop.remove_reader(descriptor)
             os.close(descriptor)
         return process.wait()
+
+
+def next_pause_s(pause_s: float, ran_s: float) -> float:
+    """Before a program that ran for so long is started again, after a pause of `pause_s` the last time: one that ends
+    at once is not worth more and more of the machine. Pure.
+    """
+    return min(pause_s * 2, _LONGEST_PAUSE_S) if ran_s < _LONGEST_PAUSE_S else _PAUSE_S
 
 
 def _start(program: Respawn) -> "subprocess.Popen[bytes]":

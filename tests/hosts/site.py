@@ -10,14 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+import pytest
+
 from replica import control
 from replica.config_values import CLUSTER_MANAGER_STEM
 from replica.errors import ReplicaError
+from tests.cluster.mounted import need_mounts
 from tests.hosts import apache
 from tests.hosts.deposits import STORE, Deposits
 from tests.hosts.fence import AGENT
 from tests.hosts.host import Host
-from tests.hosts.lab import CLUSTER_IP, Lab
+from tests.hosts.lab import CLUSTER_IP, Lab, need_hosts
 from tests.hosts.namespace import LabError
 from tests.hosts.probe import Probe, serve
 from tests.hosts.products import Ours
@@ -26,11 +29,21 @@ from tests.processes import PATIENCE_S
 CONFIG: Final = "/etc/replica/replica.toml"
 BACKING: Final = "/srv/r0.img"
 FOLDER: Final = "/srv/data"
+#: What the web server shows first.
+PAGE: Final = f"{FOLDER}/www/index.html"
 #: Loop devices are the machine's, and known by the path of their file: two runs at a time must not meet there.
 RUN: Final = f"/run/replica-{os.getpid()}"
 _SECRET: Final = "a-secret-of-forty-eight-letters-for-both-nodes-00"
 #: Between two looks at a daemon that does not answer: it is about to be started, or the host to be booted.
 _LOOK_S: Final = 0.05
+
+
+def need_site() -> None:
+    """Skip the test, and say why, where such a site cannot be run."""
+    need_hosts()
+    need_mounts()
+    if missing := apache.missing():
+        pytest.skip(missing)
 
 
 def toml(

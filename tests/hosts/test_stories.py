@@ -12,14 +12,13 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.cluster.mounted import need_mounts
 from tests.hosts import apache
 from tests.hosts.deposits import Deposits
 from tests.hosts.fence import FenceDevice
 from tests.hosts.host import Host, now
-from tests.hosts.lab import Lab, need_hosts
+from tests.hosts.lab import Lab
 from tests.hosts.probe import Probe
-from tests.hosts.site import FOLDER, Site, toml
+from tests.hosts.site import FOLDER, Site, need_site, toml
 
 pytestmark = pytest.mark.root
 
@@ -55,10 +54,7 @@ class Story:
 @pytest.fixture
 def begin(new_lab: Callable[..., Lab]) -> Iterator[Callable[..., Story]]:
     """``begin(**configuration)``: see `tests.hosts.site.toml`; the story has begun, and node1 serves."""
-    need_hosts()
-    need_mounts()
-    if missing := apache.missing():
-        pytest.skip(missing)
+    need_site()
     with ExitStack() as stack:
 
         def make(*, second_network: bool = False, **configuration: str) -> Story:

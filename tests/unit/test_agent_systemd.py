@@ -20,7 +20,9 @@ cd {0}; echo "$*" >> calls
 get() {{ cat $1 2>/dev/null || echo $2; }}
 case $1 in
   show) echo "LoadState=$(get load loaded)"; echo "ActiveState=$(get active inactive)"; echo "SubState=$(get sub dead)"
-        echo "Result=$(get result success)"; echo "UnitFileState=$(get file disabled)" ;;
+        echo "Result=$(get result success)"; echo "UnitFileState=$(get file disabled)"
+        echo "DropInPaths=$(get known)" ;;
+  daemon-reload) echo {0}/web.service.d/*.conf | grep -v '[*]' > known ;;
   start) test -e fails && {{ echo "Job for web.service failed because the control process exited with error code."
                              echo failed > active; echo exit-code > result; exit 1; }}
          echo active > active; echo running > sub; true ;;
@@ -53,7 +55,40 @@ def test_a_unit_is_started_watched_and_stopped_and_all_of_it_may_be_repeated(uni
         await unit.stop()
         with pytest.raises(AgentError, match=r"^is inactive \(dead\)$"):
             await unit.monitor()
-        assert calls(tmp_path) == ["start web.service", "stop web.service", "stop web.service"]
+        assert [call for call in calls(tmp_path) if call != "daemon-reload"] == [
+            "start web.service",
+            "stop web.service",
+            "stop web.service",
+        ]
+
+    run(test)
+
+
+def test_while_a_unit_is_the_groups_a_shutdown_leaves_it_to_the_group(unit: Agent, tmp_path: Path) -> None:
+    """And once the group stops it, systemd is not to wait for the end of the cluster manager, which waits for it."""
+    order = tmp_path / "web.service.d" / "50-replica-heartbeat.conf"
+
+    async def test() -> None:
+        await unit.start(START)
+        assert order.read_text() == "[Unit]\nBefore=replica-heartbeat.service\n"
+        assert calls(tmp_path) == ["start web.service", "daemon-reload"]
+        order.unlink()
+        await unit.stop()
+        assert not order.parent.exists()  # also when a stop before this one came no further
+        assert calls(tmp_path)[2:] == ["daemon-reload", "stop web.service"]
+
+    run(test)
+
+
+def test_an_order_that_cannot_be_given_is_said_and_holds_up_nothing(
+    unit: Agent, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test() -> None:
+        (tmp_path / "web.service.d").touch()
+        await unit.start(START)
+        await unit.monitor()
+        await unit.stop()
+        assert "its order in a shutdown cannot be changed" in caplog.text
 
     run(test)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 from replica import control
 from replica.errors import ReplicaError
+from tests.processes import StuckProgram
 
 pytestmark = pytest.mark.timeout(40)
 
@@ -113,6 +115,31 @@ class Node:
         return [line for line in path.read_text().splitlines() if not line.startswith("monitor")]
 
 
+@contextlib.contextmanager
+def held_back(node: Node, group: str) -> Iterator[Callable[[], None]]:
+    """From now on the group's stop on this node does not end before what is given is called (or this is over)."""
+    fifo = node.folder / "hold"
+    os.mkfifo(fifo)
+    replace_script(node, SCRIPT.replace("stop)", f"stop) [ $1-$2 = {node.name}-{group} ] && read line < {fifo};"))
+    descriptor = os.open(fifo, os.O_RDWR)
+
+    def go_on() -> None:
+        os.write(descriptor, b"\n")
+
+    try:
+        yield go_on
+    finally:
+        os.close(descriptor)
+
+
+def replace_script(node: Node, text: str) -> None:
+    """Whatever runs of it goes on as it was."""
+    new = node.folder / "script.new"
+    new.write_text(text)
+    new.chmod(0o755)
+    new.replace(node.folder / "script")
+
+
 def holders(status: dict[str, Any]) -> dict[str, str | None]:
     return {group["name"]: group["holder"] for group in status["groups"] if group["status"] == "started"}
 
@@ -163,6 +190,24 @@ def test_standby_and_takeover(pair: tuple[Node, Node]) -> None:
     with pytest.raises(ReplicaError, match="does not know the verb"):
         node1.ask("dance")
     assert node1.ask("clear") == (None, [])
+
+
+def test_a_standby_is_carried_through_when_its_client_goes_away(pair: tuple[Node, Node]) -> None:
+    node1, _ = pair
+    node1.ask("takeover-node")
+
+    class Gone(Exception):
+        pass
+
+    def go_away(_event: object) -> None:
+        raise Gone
+
+    with held_back(node1, "data") as go_on:
+        with pytest.raises(Gone):  # it has heard that web is released
+            control.call(node1.socket, "standby", on_event=go_away, timeout_s=60)
+        node1.until(lambda status: holders(status) == {"web": "node2"})  # which it cannot be told any more
+        go_on()
+        assert holders(node1.until(lambda status: "data" in holders(status)))["data"] == "node2"
 
 
 def test_a_second_daemon_is_refused_and_changes_nothing(pair: tuple[Node, Node]) -> None:
@@ -228,6 +273,23 @@ def test_sigterm_counts_also_in_the_middle_of_a_start_anew(pair: tuple[Node, Nod
     node2.until(placed("node2", "node2"))
 
 
+def test_sighup_changes_nothing_once_it_leaves(pair: tuple[Node, Node]) -> None:
+    """It would hold on to what is being handed over."""
+    node1, node2 = pair
+    assert node1.process is not None
+    with held_back(node1, "web") as go_on:
+        node1.process.send_signal(signal.SIGTERM)
+        node1.until(lambda status: status["phase"] == "leaving")
+        reading = StuckProgram(node1.config)
+        node1.process.send_signal(signal.SIGHUP)
+        assert select.select([reading.asked], [], [], 30)[0]  # the settings are read again
+        reading.release()
+        assert node1.ask("status")[0]["phase"] == "leaving"
+        go_on()
+        assert node1.wait() == 0
+    node2.until(placed("node2", "node2"))
+
+
 def test_a_killed_daemon_goes_on_where_it_was(pair: tuple[Node, Node]) -> None:
     node1, _ = pair
     assert node1.process is not None
@@ -241,17 +303,11 @@ def test_a_killed_daemon_goes_on_where_it_was(pair: tuple[Node, Node]) -> None:
 
 def test_what_fails_too_often_moves_and_is_cleared(pair: tuple[Node, Node]) -> None:
     node1, node2 = pair
-    script = node1.folder / "script"
-    new = script.with_suffix(".new")
-    new.write_text(SCRIPT.replace("start)", "start) [ $1 = node1 ] && exit 1;"))
-    new.chmod(0o755)
-    new.replace(script)
+    replace_script(node1, SCRIPT.replace("start)", "start) [ $1 = node1 ] && exit 1;"))
     with pytest.raises(ReplicaError, match=r"(has come back from|has failed on) node1"):
         node2.ask("standby")
     node2.until(placed("node1", "node2"))
-    new.write_text(SCRIPT)
-    new.chmod(0o755)
-    new.replace(script)
+    replace_script(node1, SCRIPT)
     node1.ask("clear")
     node2.until(lambda status: all(group["ready"]["node1"] == "yes" for group in status["groups"]))
     node2.ask("standby")

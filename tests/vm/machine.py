@@ -78,13 +78,20 @@ class Machine:
     """One machine, off at first. `disks` are raw files: /dev/vdb, /dev/vdc, …; use it as a context manager."""
 
     def __init__(
-        self, name: str, image: Image, folder: Path, disks: Sequence[Path] = (), memory_mib: int = 512
+        self,
+        name: str,
+        image: Image,
+        folder: Path,
+        disks: Sequence[Path] = (),
+        memory_mib: int = 512,
+        kernel_arguments: str = "",
     ) -> None:
         self.name = name
         self.job = folder / f"{name}.job"
         self._image = image
         self._disks = disks
         self._memory_mib = memory_mib
+        self._kernel_arguments = f"{_KERNEL_ARGUMENTS} {kernel_arguments}"
         self._console = folder / f"{name}.console"
         self._process: subprocess.Popen[bytes] | None = None
         self._port: socket.socket | None = None
@@ -121,7 +128,7 @@ class Machine:
         kernel, initrd, root = self._image.files
         command = [_QEMU, "-machine", "q35", "-accel", "tcg,thread=multi,tb-size=256", "-cpu", "max", "-smp", "1"]
         command += ["-m", str(self._memory_mib), "-nodefaults", "-display", "none", "-monitor", "none", "-no-reboot"]
-        command += ["-kernel", str(kernel), "-initrd", str(initrd), "-append", _KERNEL_ARGUMENTS]
+        command += ["-kernel", str(kernel), "-initrd", str(initrd), "-append", self._kernel_arguments]
         command += ["-serial", f"file:{self._console}", "-device", "virtio-rng-pci", "-device", "virtio-serial-pci"]
         command += ["-chardev", f"socket,id=agent,fd={agent_fd}"]
         command += ["-device", f"virtserialport,chardev=agent,name={PORT_NAME}"]
@@ -149,6 +156,15 @@ class Machine:
         self.run("sync")
         with contextlib.suppress(AssertionError):  # it may be off before it can answer
             self.run("sh", "-c", "echo o > /proc/sysrq-trigger; sleep 60")
+        self._reap()
+
+    def wait_off(self, timeout_s: float = PATIENCE_S) -> None:
+        """Until it has switched itself off, as it was told."""
+        assert self._process is not None, f"{self.name} is off"
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"{self.name} does not switch itself off\n{self.last_words()}") from None
         self._reap()
 
     def _reap(self) -> None:
@@ -200,6 +216,10 @@ class Machine:
         line, _, self._received = self._received.partition(b"\n")
         message: dict[str, Any] = json.loads(line)
         return message
+
+    def console(self) -> list[str]:
+        """The lines that the guest has written to its console, since it was made."""
+        return self._console.read_text(errors="replace").splitlines()
 
     def last_words(self) -> str:
         """The ends of the guest's console, and of what QEMU said, for messages."""

@@ -1,13 +1,16 @@
 """Units of systemd, by `systemctl`: it waits for the jobs, and is there wherever systemd is."""
 
+import contextlib
 import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from replica.config_values import CLUSTER_MANAGER
 from replica.heartbeat.agents.base import AgentError, Kind, Option, Surroundings
 from replica.heartbeat.agents.service import Seen, Service, State
+from replica.heartbeat.agents.threads import in_thread
 from replica.heartbeat.settings import ResourceSettings
 
 log = logging.getLogger("replica.heartbeat.agents")
@@ -17,10 +20,15 @@ BOOTED: Final = Path("/run/systemd/system")
 
 _UNIT = re.compile(r"[A-Za-z0-9:_.\\@-]+", re.ASCII)
 _SUFFIXES: Final = ("service", "socket", "mount", "automount", "swap", "target", "path", "timer", "slice", "scope")
-_PROPERTIES: Final = ("LoadState", "ActiveState", "SubState", "Result", "UnitFileState")
+_PROPERTIES: Final = ("LoadState", "ActiveState", "SubState", "Result", "UnitFileState", "DropInPaths")
 #: org.freedesktop.systemd1(5): what runs, and what is stopped. The others are on their way, or (maintenance) stuck.
 _RUNNING: Final = ("active", "reloading", "refreshing")
 _STOPPED: Final = ("inactive", "failed")
+#: When the machine is shut down, systemd stops everything at once, but for what is ordered. A unit that is started here
+#: is to be left to its group, which stops it in the group's order: so it comes after the end of the cluster manager.
+#: Written where the next boot finds nothing of it.
+_ORDER_FILE: Final = "50-replica-heartbeat.conf"
+_ORDER: Final = f"[Unit]\nBefore={CLUSTER_MANAGER}.service\n"
 #: UnitFileState of a unit that systemd starts by itself.
 _AT_BOOT: Final = ("enabled", "enabled-runtime")
 
@@ -42,10 +50,13 @@ class SystemdAgent(Service):
         result = await self.execute("start", ("systemctl", "start", self._unit))
         if result.status != 0:
             raise AgentError(f"cannot be started: systemctl {result.said}")
+        await self._have_order(True)
 
     async def run_stop(self) -> None:
         if (await self._show())["LoadState"] == "not-found":
             return
+        # In the middle of a shutdown it would wait for the end of this program otherwise, as would whoever stops it.
+        await self._have_order(False)
         result = await self.execute("stop", ("systemctl", "stop", self._unit))
         if result.status != 0:
             raise AgentError(f"cannot be stopped: systemctl {result.said}")
@@ -67,6 +78,21 @@ class SystemdAgent(Service):
     def absent(self) -> str:
         return "" if BOOTED.is_dir() else "this node was not booted with systemd"
 
+    async def _have_order(self, wanted: bool) -> None:
+        """What fails here matters in a shutdown only. (Looked at is what systemd knows, not what was changed here: this
+        may have been cut short before.)
+        """
+        path = BOOTED / f"{self._unit}.d" / _ORDER_FILE
+        try:
+            await in_thread(_write_order if wanted else _remove_order, path)
+        except OSError as error:
+            log.warning("%s: its order in a shutdown cannot be changed (%s).", self.settings.name, error)
+            return
+        if (str(path) in (await self._show())["DropInPaths"].split()) != wanted:
+            result = await self.execute("order", ("systemctl", "daemon-reload"), quiet=True)
+            if result.status != 0:
+                log.warning("%s: systemctl daemon-reload %s.", self.settings.name, result.said)
+
     async def _show(self) -> dict[str, str]:
         options = [f"--property={name}" for name in _PROPERTIES]
         result = await self.execute("show", ("systemctl", "show", *options, "--", self._unit), quiet=True)
@@ -74,6 +100,19 @@ class SystemdAgent(Service):
         if result.status != 0 or not properties.keys() >= {"LoadState", "ActiveState"}:
             raise AgentError(f"has an unknown status: systemctl {result.said or 'does not know it'}")
         return {name: properties.get(name, "") for name in _PROPERTIES}
+
+
+def _write_order(path: Path) -> None:
+    """Blocks; OSError."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(_ORDER)
+
+
+def _remove_order(path: Path) -> None:
+    """Blocks; OSError."""
+    path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        path.parent.rmdir()  # unless somebody else has a file there
 
 
 def unusable(unit: str, properties: Mapping[str, str]) -> str:
