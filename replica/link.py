@@ -24,7 +24,7 @@ log = logging.getLogger("replica.link")
 #: Room for several whole frames: one receive then brings a batch, and a partial frame is moved rarely.
 RECEIVE_BUFFER_BYTES: Final = 2 * (wire.MAX_PAYLOAD_BYTES + wire.HEADER_BYTES)
 #: At most so much per receive: what was just received is still in the core's cache when it is written to the store,
-#: and the peer's next frames arrive meanwhile (measured: half as fast again as with 512 KiB for 1 MiB writes). Less than
+#: and the peer's next frames arrive meanwhile (measured: half as fast again as 512 KiB for 1 MiB writes). Less than
 #: this cuts a batch of small writes into two, and each part is acknowledged by itself.
 RECEIVE_BYTES: Final = 128 << 10
 #: Room for two frames of a greeting.

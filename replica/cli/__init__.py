@@ -45,6 +45,7 @@ VERBS = (
     "fence",
     "fence-test",
 )
+_GLOBAL_OPTIONS = ("--config", "--node")
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
@@ -53,7 +54,8 @@ EXIT_INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 refused or failed, 2 usage, 130 interrupted."""
     try:
-        args = _parser().parse_args(argv)
+        words = sys.argv[1:] if argv is None else argv
+        args = _parser(_verb(words)).parse_args(words)
         code: int = args.run(args)
         sys.stdout.flush()
         return code
@@ -86,7 +88,19 @@ class _Parser(argparse.ArgumentParser):
         self.exit(EXIT_USAGE, f"{self.prog}: {message} (see `{self.prog} --help`)\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _verb(words: Sequence[str]) -> str | None:
+    """The verb of a command line, if it has one."""
+    rest = iter(words)
+    for word in rest:
+        if word in _GLOBAL_OPTIONS:
+            next(rest, None)  # its value
+        elif not word.startswith("-"):
+            return word if word in VERBS else None
+    return None
+
+
+def _parser(only: str | None) -> argparse.ArgumentParser:
+    """With every verb, or with that one only: it spares the import of all the others. A failover waits for that."""
     parser = _Parser(
         prog=PROGRAM,
         description="Control the replicated resources of this node.",
@@ -96,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     _add_global_options(parser, default=None)
     verbs = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
-    for verb in VERBS:
+    for verb in VERBS if only is None else (only,):
         command: Command = importlib.import_module(f"{__name__}.{verb.replace('-', '_')}").COMMAND
         sub = verbs.add_parser(verb, help=command.help, description=command.help, allow_abbrev=False)
         # No default here: it would overwrite what was given before the verb.

@@ -48,6 +48,19 @@ def test_every_command_has_help(verb: str | None, capsys: pytest.CaptureFixture[
     assert "--config" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "before", [[], ["--node", "status"], ["--config=status"], ["--config", "status", "--node=certs"]]
+)
+def test_only_the_command_that_is_run_is_imported(before: list[str]) -> None:
+    """A failover by hand waits for the start of `replicactl`."""
+    script = "import sys; from replica import cli; cli.main(); print(*(name for name in sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *before, "secret"], capture_output=True, text=True, check=True, timeout=60
+    )
+    imported = {name for name in done.stdout.split() if name.startswith("replica.cli.") and "._" not in name}
+    assert imported == {"replica.cli.secret"}
+
+
 def test_the_secret_is_new_each_time() -> None:
     first, second = replicactl("secret"), replicactl("secret")
     assert (first.returncode, first.stderr) == (0, "")
