@@ -64,7 +64,7 @@ class SimDisk:
         self._allocated = bytearray(-(-size_bytes // BLOCK))
 
     def leave(self, offset: int, data: bytes) -> None:
-        """Something of an earlier use of this disk."""
+        """The disk has something that nobody wrote there: of an earlier use, or rotten."""
         self.cache[offset : offset + len(data)] = self.durable[offset : offset + len(data)] = data
         self._allocate(offset, len(data))
 

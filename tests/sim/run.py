@@ -17,6 +17,7 @@ import replica.tasks
 from replica.link import PeerLink
 from replica.states import Replication
 from tests.sim.client import Workload
+from tests.sim.disk import BLOCK, SECTOR
 from tests.sim.loop import MOST_STEPS, World
 from tests.sim.network import Network
 from tests.sim.node import Incarnation, Machine
@@ -207,19 +208,54 @@ class Run:
         self.oracle.check_copies()
 
     def _verify(self) -> bool:
-        """Both copies are the same: a verification says so, to its end."""
-        machine = self.workload.rng.choice(self.machines)
-        begun: list[Exception | None] = []
+        """Both copies are the same: a verification says so, to its end. Then one rots, and is repaired."""
         if not self._wait(lambda: not self._verifying(), "end their verifications"):
             return False
-        machine.run(lambda node: node.verbs.verify(), begun.append)
-        if not self._wait(lambda: bool(begun) and not self._verifying(), "verify their copies"):
+        if not self._verified(0, repair=False):
             return False
-        self.oracle.check_verifications()
-        resource = machine.resource
-        result = resource.verify_result if resource is not None else None
-        if begun[0] is not None or result is None or not result.complete or result.found_bytes:
-            self.oracle.fail("Verify", f"both copies are the same, and {machine.name} says: {begun[0]}, {result}")
+        rng = self.scenario.rng("rotten")
+        machine = rng.choice(self.machines)
+        size_bytes = machine.resource.disk.size_bytes if machine.resource is not None else self.scenario.size_bytes
+        rotten = rng.sample(range(-(-size_bytes // BLOCK)), rng.randint(1, 12))
+        for block in rotten:
+            machine.data.leave(block * BLOCK + SECTOR - 1, bytes([rng.randint(1, 255)]))  # behind what names the write
+        lengths = sum(min(size_bytes - block * BLOCK, BLOCK) for block in rotten)
+        if rng.random() < 0.3:
+            if not self._cut_while_verifying(rng) or not self._verified(None, repair=True):
+                return False
+        elif not self._verified(lengths, repair=True):
+            return False
+        if not self._wait(self.in_sync, "become clean"):
+            return False
+        self._compare("after the repair")
+        return self.oracle.violation is None
+
+    def _cut_while_verifying(self, rng: random.Random) -> bool:
+        """Power cuts in the middle of a repair. What was not known by then is found by the next one."""
+        self.machines[0].run(lambda node: node.verbs.verify(repair=True), lambda error: None)
+        self.world.run(None, self.world.now_s + rng.expovariate(10))
+        for machine in rng.choice((self.machines[:1], self.machines[1:], self.machines)):
+            machine.die(power=True, why="power cut while copies are verified")
+        return self._wait(self.in_sync, "become Established after a power cut of a verification")
+
+    def _verified(self, differ_bytes: int | None, *, repair: bool) -> bool:
+        """A run to its end, on either node, finds so much (None: whatever), and repairs it, too."""
+        machine = self.workload.rng.choice(self.machines)
+        begun: list[Exception | None] = []
+        limit_s = self.world.now_s + RECOVERY_S
+        while self.world.now_s < limit_s and (not begun or begun[-1] is not None):
+            # It may be refused where it is not known yet what the other node has become.
+            begun.clear()
+            machine.run(lambda node: node.verbs.verify(repair=repair), begun.append)
+            if not self._wait(lambda: bool(begun) and not self._verifying(), "verify their copies"):
+                return False
+            self.world.run(None, self.world.now_s + TICK_S)
+        result = machine.resource.verify_result if machine.resource is not None else None
+        found = (differ_bytes, differ_bytes if repair else 0)
+        as_found = result is not None and (differ_bytes is None or (result.found_bytes, result.repaired_bytes) == found)
+        if result is None or not result.complete or not as_found:
+            what = f"{differ_bytes} bytes differ, and {machine.name} says: {begun[-1]}, {result}"
+            self.oracle.fail("Verify", what)
         return self.oracle.violation is None
 
     def _verifying(self) -> bool:
