@@ -8,6 +8,7 @@ from one nbdkit to another: a plain copy of the whole image.
 """
 
 import argparse
+import math
 import statistics
 import subprocess
 import sys
@@ -26,7 +27,8 @@ from tests.cluster.cluster import Cluster, in_sync
 
 SECTION: Final = "resync"
 #: Of the volume's size, so much is written; of random blocks some are the same.
-_WRITTEN: Final = (0.001, 0.01, 0.05, 0.2, 0.7)
+_WRITTEN: Final = (0.001, 0.01, 0.05)
+_SIZE_BYTES: Final = 256 << 20
 _RANDOM: Final = "resync"
 _PLAIN_COPY: Final = "nbdcopy"
 _PATIENCE_S: Final = 60.0
@@ -108,11 +110,12 @@ def as_markdown(times: Times, size_bytes: int) -> list[str]:
 
 def chart(times: Times) -> str:
     """Time by share."""
-    lines = {
-        name: [(share * 100, each_s * 1e6) for of, share, each_s in _medians(times) if of == name] for name in times
+    points = {
+        name: [(math.log10(share), each_s * 1e6) for of, share, each_s in _medians(times) if of == name]
+        for name in times
     }
-    marks = {f"{mark} %": float(mark) for mark in (0, 20, 40, 60, 80, 100)}
-    return charts.lines("time of a resync, by how much of the volume differs", "dirty", lines, marks, duration)
+    marks = {f"{share:g} %": math.log10(share / 100) for share in (0.1, 1, 10, 100)}
+    return charts.lines("time of a resync, by how much of the volume differs", "dirty", points, marks, duration)
 
 
 def _medians(times: Times) -> Iterator[tuple[str, float, float]]:
@@ -125,15 +128,19 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 measured, 1 not possible here."""
     parser = argparse.ArgumentParser(prog="bench.resync_time", description="How long resyncs take.")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--size-mib", type=int, default=servers.SIZE_BYTES >> 20)
+    parser.add_argument("--size-mib", type=int, default=_SIZE_BYTES >> 20)
     parser.add_argument("--write-docs", action="store_true", help=f"update {document.BENCHMARKS.name} and its chart")
     options = parser.parse_args(arguments)
     if not has_fio() or libnbd() is None:
         print("bench.resync_time: the clients are missing: install fio and python3-libnbd", file=sys.stderr)
         return 1
     facts = machine.facts(("nbdcopy", "fio"))
-    with Console(stderr=True).status("starting both nodes") as status:
-        times = measure(options.rounds, options.size_mib << 20, status.update)
+    try:
+        with Console(stderr=True).status("starting both nodes") as status:
+            times = measure(options.rounds, options.size_mib << 20, status.update)
+    except (RuntimeError, AssertionError, OSError, subprocess.SubprocessError) as error:
+        print(f"bench.resync_time: {error}", file=sys.stderr)
+        return 1
     how = machine.how(f"python -m bench.resync_time --rounds {options.rounds}")
     lines = [how, "", *(f"- {fact}" for fact in facts), "", *as_markdown(times, options.size_mib << 20)]
     print("\n".join(lines))

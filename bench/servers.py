@@ -154,6 +154,7 @@ def nbdkit(folder: Path) -> Iterator[Target]:
 def nbdkit_of(image: Path) -> Iterator[Target]:
     """The same for an image that is there."""
     path = image.with_suffix(".nbdkit")
+    path.unlink(missing_ok=True)  # nbdkit leaves it behind
     with _process(["nbdkit", "-f", "-U", str(path), "file", str(image)], path) as process:
         yield Target("nbdkit", _uri(path), (process.pid,))
 
