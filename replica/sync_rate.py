@@ -15,6 +15,7 @@ rule (RFC 6817): in proportion to how far the delay above the least seen is from
 faster, and the first write of a client that comes back has to wait for it.
 """
 
+import collections
 import math
 from typing import Final, Protocol
 
@@ -100,7 +101,11 @@ class FeedbackRate:
         self._small_bytes = min(PIECE_BYTES, piece_bytes)
         self._most_bytes = max(window_bytes, piece_bytes)
         self._window = float(min(self._most_bytes, 4 * piece_bytes))
+        #: Both nodes shall have something to do.
+        self._alone_bytes = min(self._most_bytes, 2 * piece_bytes)
         self._least_delay_s = math.inf
+        #: The least of some counts (as in RFC 6817): one that is long may be a process that did not get its turn.
+        self._delays_s: collections.deque[float] = collections.deque(maxlen=4)
         self._last_write_s = -math.inf
         #: Nothing of the resync has been under way since then; infinite: something is.
         self._quiet_since_s = 0.0
@@ -146,8 +151,9 @@ class FeedbackRate:
                 pause_s = min(delay_s * (length / self._window - 1), length / LEAST_BYTES_S - delay_s)
                 self._next_s = now_s + max(0.0, pause_s)
             return
-        off_target = 1 - (delay_s - self._least_delay_s) / self._queue_s
-        self._set_window(max(self._small_bytes, self._window + max(-1.0, off_target) * length))
+        self._delays_s.append(delay_s)
+        off_target = 1 - (min(self._delays_s) - self._least_delay_s) / self._queue_s
+        self._set_window(max(self._alone_bytes, self._window + max(-1.0, off_target) * length))
 
     def wrote(self, sent_s: float, now_s: float) -> None:
         latency_s = now_s - sent_s
