@@ -24,8 +24,8 @@ log = logging.getLogger("replica.link")
 #: Room for several whole frames: one receive then brings a batch, and a partial frame is moved rarely.
 RECEIVE_BUFFER_BYTES: Final = 2 * (wire.MAX_PAYLOAD_BYTES + wire.HEADER_BYTES)
 #: At most so much per receive: what was just received is still in the core's cache when it is written to the store,
-#: and the peer's next frames arrive meanwhile (measured: half as fast again as 512 KiB for 1 MiB writes). Less than
-#: this cuts a batch of small writes into two, and each part is acknowledged by itself.
+#: and the peer's next frames arrive meanwhile (measured: half as fast again as with 512 KiB for 1 MiB writes). 64 KiB
+#: would cut sixteen writes of 4 KiB, with their headers, into two, each of which is acknowledged by itself.
 RECEIVE_BYTES: Final = 128 << 10
 #: Room for two frames of a greeting.
 _GREETING_BUFFER_BYTES: Final = 2 * (wire.MAX_GREETING_BYTES + wire.HEADER_BYTES)
