@@ -187,7 +187,8 @@ class FeedbackRate:
         self._next_rest_s = now_s + max(_REST_EVERY_S, _WORK_PER_REST * rest_s)
 
     def _set_window(self, window: float) -> None:
-        least = LEAST_BYTES_S * self._least_delay_s if self._least_delay_s < math.inf else 0.0
+        # On a clock of coarse steps a delay may be none at all.
+        least = max(1.0, LEAST_BYTES_S * self._least_delay_s) if self._least_delay_s < math.inf else 1.0
         self._window = min(max(window, least), float(self._most_bytes))
 
     def _learn(self, latency_s: float) -> None:

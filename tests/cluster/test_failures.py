@@ -110,6 +110,7 @@ def test_a_clean_stop_of_the_primary_needs_no_resync(pair: Cluster) -> None:
         assert "is synced from" not in node.log().splitlines()[-1]
         assert "no dirty blocks" in node.log()
         assert node.status()["role"] == "Secondary"
+    assert sum(node.log().count("the resync is complete") for node in pair.nodes) == 1  # the one that made the pair
     pair.check_identical()
     node2.ctl("promote")
     assert node2.read(0, MIB) == b"x" * MIB

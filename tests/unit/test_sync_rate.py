@@ -149,3 +149,17 @@ def test_a_fixed_rate_has_a_window_too() -> None:
     pace = FixedRate(1 << 40, CHUNK_BYTES, WINDOW_BYTES)
     assert pace.wait_s(CHUNK_BYTES, WINDOW_BYTES - CHUNK_BYTES, 1.0) == 0
     assert pace.wait_s(CHUNK_BYTES, WINDOW_BYTES - 1, 1.0) == math.inf
+
+
+def test_a_window_never_vanishes() -> None:
+    """On a clock that stands still between sending and acknowledgement; it could never grow again."""
+    pace = feedback()
+    for number in range(100):
+        pace.wrote(1.0 + number * 1e-3, 1.0005 + number * 1e-3)
+    for number in range(5000):
+        now_s = 2.0 + number * 1e-3
+        pace.sent(PIECE_BYTES, PIECE_BYTES, now_s)
+        pace.wrote(now_s - 0.5, now_s)
+        pace.acknowledged(PIECE_BYTES, 0.0, 0, now_s)
+        assert 0 <= pace.wait_s(PIECE_BYTES, 0, now_s) < 1
+    assert pace.window_bytes >= 1
