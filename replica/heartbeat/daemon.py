@@ -271,11 +271,12 @@ def _come_late(number: int, _frame: object) -> None:
 
 def _start_anew(arguments: Sequence[str]) -> NoReturn:
     """In this process. A SIGTERM that nobody was there for any more is for the one that follows."""
+    log.info("Starting anew.")
+    logging.shutdown()
+    # Nothing that takes time from here on: a thread that is left may still get a signal, which is noted in `_late`.
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     if _late - {signal.SIGHUP}:
         signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
-    log.info("Starting anew.")
-    logging.shutdown()
     os.execv(sys.executable, [sys.executable, "-m", "replica.heartbeat.daemon", *arguments])
 
 

@@ -244,8 +244,11 @@ class Run:
         begun: list[Exception | None] = []
         limit_s = self.world.now_s + RECOVERY_S
         while self.world.now_s < limit_s and (not begun or begun[-1] is not None):
-            # It may be refused where it is not known yet what the other node has become.
+            # It may be refused where it is not known yet what the other node has become, or a verb that waited for an
+            # earlier run has taken a disk away.
             begun.clear()
+            if not self._wait(self.in_sync, "become Established before a verification"):
+                return False
             machine.run(lambda node: node.verbs.verify(repair=repair), begun.append)
             if not self._wait(lambda: bool(begun) and not self._verifying(), "verify their copies"):
                 return False
