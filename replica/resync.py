@@ -43,6 +43,14 @@ CHECKPOINT_INTERVAL_S: Final = 0.5
 Ranges = list[tuple[int, int]]
 
 
+def _add(ranges: Ranges, first: int, count: int) -> None:
+    """(A checkpoint has a thousand neighbouring pieces; clearing them one by one would hold the event loop.)"""
+    if ranges and sum(ranges[-1]) == first:
+        ranges[-1] = (ranges[-1][0], ranges[-1][1] + count)
+    else:
+        ranges.append((first, count))
+
+
 class SyncSource:
     """Brings the peer in step over `link`. `run` returns when nothing is dirty; LinkLost ends it early.
 
@@ -243,7 +251,7 @@ class SyncSource:
     def _settle(self, start: int, stop: int) -> None:
         """[start, stop) is the same on the target: the next checkpoint, due now or later, is to clear its bits."""
         if start < stop:
-            self._sent.append(blocks_of(start, stop - start))
+            _add(self._sent, *blocks_of(start, stop - start))
         if self._sent_bytes >= CHECKPOINT_BYTES or self._now() >= self._checkpoint_due_s:
             self._checkpoint()
 
@@ -371,7 +379,7 @@ class SyncTarget:
         answer = sync_hash.differing(block_digests(data, self._link.session), bytes(hashes))
         for differ, first, count in sync_hash.runs(answer, sync_hash.count_of(hashes)):
             if not differ:
-                self._applied.append(((offset >> BLOCK_SHIFT) + first, count))
+                _add(self._applied, (offset >> BLOCK_SHIFT) + first, count)
         self._link.send(wire.SYNC_DIFFERS, answer, sequence=sequence)
 
     def _on_flush(self, flags: int, sequence: int, offset: int, payload: memoryview) -> None:
@@ -401,7 +409,7 @@ class SyncTarget:
         self._link.send(wire.SYNC_FLUSHED, sequence=sequence)
 
     def _note(self, offset: int, length: int) -> None:
-        self._applied.append(blocks_of(offset, length))
+        _add(self._applied, *blocks_of(offset, length))
 
     def _check(self, offset: int, length: int) -> None:
         if not length or offset + length > self._store.size_bytes:

@@ -17,6 +17,7 @@ faster, and the first write of a client that comes back has to wait for it.
 
 import collections
 import math
+import statistics
 from typing import Final, Protocol
 
 #: Of a piece while clients write: each node is busy with it for some ten microseconds, and a write waits for that.
@@ -111,6 +112,7 @@ class FeedbackRate:
         self._quiet_since_s = 0.0
         #: What nine of ten writes take at most without a resync; 0: not known yet.
         self._without_s = 0.0
+        self._first_s: list[float] = []
         self._next_s = 0.0
         self._rest_ends_s = -math.inf
         self._rest_s = _REST_S
@@ -192,13 +194,16 @@ class FeedbackRate:
         self._window = min(max(window, least), float(self._most_bytes))
 
     def _learn(self, latency_s: float) -> None:
-        """The ninth decile, in steps: it stands still when one of ten samples is above it."""
-        if not self._without_s:
-            self._without_s = latency_s
+        """The ninth decile, in steps: it stands still when one of ten samples is above it. The first steps are large:
+        what was under way before the first rest, a flush say, is in the first samples.
+        """
+        if len(self._first_s) < REST_WRITES:
+            self._first_s.append(latency_s)
+            self._without_s = statistics.median(self._first_s)
         elif latency_s > self._without_s:
             self._without_s *= 1 + 9 * _STEP
         else:
-            self._without_s *= 1 - _STEP
+            self._without_s *= 1 - (_STEP if 2 * latency_s > self._without_s else 10 * _STEP)
 
 
 def pace_of(rate_bytes_s: int | None, piece_bytes: int, window_bytes: int, queue_s: float = QUEUE_S) -> Pace:

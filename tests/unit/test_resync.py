@@ -304,3 +304,26 @@ def test_an_answer_that_makes_no_sense_ends_the_link(tmp_path: Path, sequence: i
         await copies.end()
 
     run(test)
+
+
+def test_neighbouring_pieces_are_cleared_in_one_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand pieces, cleared one by one, held the event loop for milliseconds."""
+
+    async def test() -> None:
+        copies = await Copies(tmp_path, data(), changed(data(), 0)).begin(ask=False)
+        cleared: list[tuple[int, int]] = []
+        for bitmap in copies.bitmaps:
+            clear = bitmap.clear_range
+            monkeypatch.setattr(
+                bitmap,
+                "clear_range",
+                lambda first, count, clear=clear: (cleared.append((first, count)), clear(first, count)),
+            )
+        await copies.source.run()
+        await copies.end()
+        copies.check()
+        pieces = copies.frames[wire.SYNC_DATA]
+        assert pieces > 8
+        assert len(cleared) < pieces
+
+    run(test)

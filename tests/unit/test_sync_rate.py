@@ -163,3 +163,15 @@ def test_a_window_never_vanishes() -> None:
         pace.acknowledged(PIECE_BYTES, 0.0, 0, now_s)
         assert 0 <= pace.wait_s(PIECE_BYTES, 0, now_s) < 1
     assert pace.window_bytes >= 1
+
+
+def test_a_slow_begin_is_not_taken_for_what_writes_take() -> None:
+    """The first writes wait for what was under way, a flush say; from then on a slowed write counts as one."""
+    pace, now_s = feedback(), 100.0
+    for latency_s in (0.004, 0.004, 0.003, *[0.0001] * 15):  # the first one only tells that there is a client
+        now_s += latency_s
+        pace.wrote(now_s - latency_s, now_s)
+    pace.sent(PIECE_BYTES, PIECE_BYTES, now_s)  # nothing is quiet any more
+    window = pace.window_bytes
+    pace.wrote(now_s, now_s + 0.0005)
+    assert pace.window_bytes < window
