@@ -27,7 +27,8 @@ from bench.load import Client, Workload, has_fio, libnbd
 from bench.measure import Row, in_turn
 from bench.spread import Spread
 
-REPLICA, FLOOR, QEMU_NBD, MIRRORS = "Replica C", "floor", "qemu-nbd", ("C mirror", "C mirror, TCP")
+REPLICA, FLOOR, QEMU_NBD, NBDKIT = "Replica C", "floor", "qemu-nbd", "nbdkit"
+MIRRORS = ("C mirror", "C mirror, TCP")
 #: By depth; these also have tables of their own for latency and processor time.
 SMALL_WRITES: Final = {depth: Workload("write", 4 << 10, depth) for depth in (1, 16, 64)}
 LARGE_WRITES: Final = {depth: Workload("write", 1 << 20, depth) for depth in (1, 4)}
@@ -116,9 +117,9 @@ def expectations(comparison: Comparison) -> list[Expectation]:
         ratio = comparison.ratio(comparison.row(workload))
         return Expectation(f"{workload.name}: rate of the C mirror", ratio and ratio.median, bound)
 
-    def to_qemu_nbd(workload: Workload, bound: float) -> Expectation:
-        ratio = comparison.row(workload).rate_ratio(REPLICA, QEMU_NBD)
-        return Expectation(f"{workload.name}: rate of qemu-nbd, which has one copy", ratio and ratio.median, bound)
+    def to_single(name: str, workload: Workload, bound: float) -> Expectation:
+        ratio = comparison.row(workload).rate_ratio(REPLICA, name)
+        return Expectation(f"{workload.name}: rate of {name}, which has one copy", ratio and ratio.median, bound)
 
     one, sixteen = (comparison.row(SMALL_WRITES[depth]) for depth in (1, 16))
     median_us, tail_us = (sixteen.latencies(REPLICA).percentile_us(percentile) for percentile in (50, 99))
@@ -126,8 +127,11 @@ def expectations(comparison: Comparison) -> list[Expectation]:
     return [
         *(to_mirror(SMALL_WRITES[depth], bound) for depth, bound in ((1, 1.3), (16, 5.0), (64, 7.0))),
         *(to_mirror(workload, 3.0) for workload in LARGE_WRITES.values()),
-        *(to_qemu_nbd(workload, 0.6) for workload in LARGE_WRITES.values()),
+        *(to_single(QEMU_NBD, workload, 0.6) for workload in LARGE_WRITES.values()),
         to_mirror(FLUSHED, 0.83),
+        to_single(QEMU_NBD, sixteen.workload, 1.5),
+        to_single(NBDKIT, sixteen.workload, 0.4),
+        to_single(QEMU_NBD, READS, 3.0),
         Expectation(
             f"{sixteen.workload.name}: p99 in relation to p50",
             tail_us / median_us if tail_us and median_us else None,
