@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from replica import sync_hash, wire
 from replica.bitmap import BLOCK_SHIFT, BLOCK_SIZE, Bitmap, blocks_of
-from replica.digests import block_digests
+from replica.digests import block_digests, digest
 from replica.link import PeerLink
 from replica.range_lock import RangeLocks
 from replica.store import Store
@@ -376,7 +376,10 @@ class SyncTarget:
         self._compare(sequence, offset, data, hashes)
 
     def _compare(self, sequence: int, offset: int, data: bytes, hashes: bytes | memoryview) -> None:
-        answer = sync_hash.differing(block_digests(data, self._link.session), bytes(hashes))
+        seed = self._link.session
+        # Of a block, and of the last one of the volume, which may be shorter: a hole has the same bytes.
+        zeroes = {digest(bytes(length), seed) for length in (BLOCK_SIZE, len(data) % BLOCK_SIZE) if length}
+        answer = sync_hash.differing(block_digests(data, seed), bytes(hashes), zeroes)
         for differ, first, count in sync_hash.runs(answer, sync_hash.count_of(hashes)):
             if not differ:
                 _add(self._applied, (offset >> BLOCK_SHIFT) + first, count)

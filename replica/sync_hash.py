@@ -6,7 +6,7 @@ protection against blocks that are made to collide (of the kernel's hashes, DRBD
 either).
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Final
 
 from replica.digests import DIGEST_BYTES
@@ -29,12 +29,15 @@ def count_of(hashes: bytes | memoryview) -> int:
     return count
 
 
-def differing(mine: bytes | memoryview, theirs: bytes | memoryview) -> bytes:
-    """One bit for each block, lowest first: 1 where the two lists of hashes, of the same length, differ."""
+def differing(mine: bytes, theirs: bytes, zeroes: Collection[bytes] = ()) -> bytes:
+    """One bit for each block, lowest first: 1 where the two lists of hashes, of the same length, differ. A block whose
+    hash is one of `zeroes` counts as different: it may be a hole on one node and not on the other.
+    """
     bits, bit = 0, 1
-    if mine != theirs:
+    if mine != theirs or any(zero in mine for zero in zeroes):
         for at in range(0, len(mine), DIGEST_BYTES):
-            if mine[at : at + DIGEST_BYTES] != theirs[at : at + DIGEST_BYTES]:
+            one = mine[at : at + DIGEST_BYTES]
+            if one != theirs[at : at + DIGEST_BYTES] or one in zeroes:
                 bits |= bit
             bit <<= 1
     return bits.to_bytes(-(-len(mine) // DIGEST_BYTES // 8), "little")

@@ -327,3 +327,21 @@ def test_neighbouring_pieces_are_cleared_in_one_go(tmp_path: Path, monkeypatch: 
         assert len(cleared) < pieces
 
     run(test)
+
+
+def test_zeroes_that_are_data_become_data(tmp_path: Path) -> None:
+    """A hole has the same bytes, and so the same hash; but clients can tell the two, on whichever node."""
+
+    async def test() -> None:
+        holder = bytearray(data())
+        holder[BLOCK_SIZE : 3 * BLOCK_SIZE] = bytes(2 * BLOCK_SIZE)
+        copies = await Copies(tmp_path, bytes(holder), bytes(holder)).begin()
+        await copies.target_store.zero(BLOCK_SIZE, 2 * BLOCK_SIZE, True)
+        assert await copies.target_store.next_data(BLOCK_SIZE, SIZE_BYTES) != (BLOCK_SIZE, SIZE_BYTES)
+        await copies.source.run()
+        assert copies.source.equal_bytes
+        assert await copies.target_store.next_data(BLOCK_SIZE, SIZE_BYTES) == (BLOCK_SIZE, SIZE_BYTES)
+        await copies.end()
+        copies.check()
+
+    run(test)
