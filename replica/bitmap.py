@@ -34,6 +34,22 @@ def blocks_of(offset: int, length: int) -> tuple[int, int]:
     return first, ((offset + length - 1) >> BLOCK_SHIFT) - first + 1
 
 
+def whole_blocks(first: int, end: int, start: int, stop: int) -> tuple[int, int]:
+    """[start, stop), widened to whole blocks inside [first, end); (end, end) when it does not begin in there."""
+    if not first <= start < end:
+        return end, end
+    start = max(first, start >> BLOCK_SHIFT << BLOCK_SHIFT)
+    return start, min(end, (max(stop, start + 1) + BLOCK_SIZE - 1) >> BLOCK_SHIFT << BLOCK_SHIFT)
+
+
+def add_run(runs: list[tuple[int, int]], first: int, count: int) -> None:
+    """Append `count` blocks from `first` on; neighbours of the last run lengthen that one."""
+    if runs and sum(runs[-1]) == first:
+        runs[-1] = (runs[-1][0], runs[-1][1] + count)
+    else:
+        runs.append((first, count))
+
+
 def sectors_for(blocks: int) -> int:
     """Number of 512-byte disk sectors that hold the bits of `blocks` blocks."""
     return -(-blocks // SECTOR_BITS)

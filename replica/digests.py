@@ -11,7 +11,7 @@ from typing import Final
 
 import xxhash
 
-from replica.bitmap import BLOCK_SIZE
+from replica.bitmap import BLOCK_SIZE, add_run
 from replica.wire import ProtocolError
 
 DIGEST_BYTES: Final = 16
@@ -41,10 +41,7 @@ def differing(mine: bytes, theirs: bytes) -> Runs:
         at = block * DIGEST_BYTES
         if mine[at : at + DIGEST_BYTES] == theirs[at : at + DIGEST_BYTES]:
             continue
-        if runs and sum(runs[-1]) == block:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((block, 1))
+        add_run(runs, block, 1)
     return runs
 
 

@@ -11,7 +11,7 @@ from replica import wire
 from replica.bitmap import BLOCK_SIZE
 from replica.errors import Refused
 from replica.link import LinkLost, PeerLink
-from replica.states import Replication, Role
+from replica.states import Role
 from replica.superblock import MAX_VOLUME_BYTES
 
 if TYPE_CHECKING:
@@ -76,14 +76,8 @@ class Resize:
         return {"room": room_bytes, "hole_to": hole_to}
 
     def _check(self) -> None:
-        resource, state = self._resource, self._resource.state
-        one_disk = resource.peer_volume is not None or resource.serving_peer
-        if not resource.attached or one_disk or state.replication is not Replication.ESTABLISHED:
-            raise Refused(
-                f"{resource.name} can be resized only while both nodes work with their own disks and are in sync, and "
-                f"{resource.node_name} is {state.connection}/{state.replication} with a disk that is "
-                f"{resource.disk_state}: run `replicactl wait-sync {resource.name}` first."
-            )
+        resource = self._resource
+        resource.need_both_in_sync("resized")
         if resource.verify_progress is not None:
             raise Refused(
                 f"{resource.name} is being verified: wait for that, or end it with `replicactl verify --stop "

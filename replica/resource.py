@@ -263,6 +263,21 @@ class Resource:
         """Whether the peer, Primary without a good disk, works through this copy."""
         return self.link is not None and self._attached is not None and self._attached[1].serving_peer
 
+    @property
+    def both_in_sync(self) -> bool:
+        """Whether both nodes work with their own disks, and have the same."""
+        one_disk = self.peer_volume is not None or self.serving_peer
+        return self.attached and self.state.replication is Replication.ESTABLISHED and not one_disk
+
+    def need_both_in_sync(self, done: str) -> None:
+        """Refused, unless they do: what is to be `done` ("verified") takes both copies."""
+        if not self.both_in_sync:
+            raise Refused(
+                f"{self.name} can be {done} only while both nodes work with their own disks and are in sync, and "
+                f"{self.node_name} is {self.state.connection}/{self.state.replication} with a disk that is "
+                f"{self.disk_state}: run `replicactl wait-sync {self.name}` first."
+            )
+
     def side(self) -> Side | None:
         """This copy as the decision table sees it; None without a disk."""
         if not self.attached:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from replica import sync_hash, wire
-from replica.bitmap import BLOCK_SHIFT, BLOCK_SIZE, Bitmap, blocks_of
+from replica.bitmap import BLOCK_SHIFT, BLOCK_SIZE, Bitmap, add_run, blocks_of, whole_blocks
 from replica.digests import block_digests, digest
 from replica.link import PeerLink
 from replica.range_lock import RangeLocks
@@ -41,14 +41,6 @@ CHECKPOINT_BYTES: Final = 64 << 20
 CHECKPOINT_INTERVAL_S: Final = 0.5
 
 Ranges = list[tuple[int, int]]
-
-
-def _add(ranges: Ranges, first: int, count: int) -> None:
-    """(A checkpoint has a thousand neighbouring pieces; clearing them one by one would hold the event loop.)"""
-    if ranges and sum(ranges[-1]) == first:
-        ranges[-1] = (ranges[-1][0], ranges[-1][1] + count)
-    else:
-        ranges.append((first, count))
 
 
 class SyncSource:
@@ -160,13 +152,7 @@ class SyncSource:
 
     async def _look(self, position: int, stop: int) -> tuple[int, int]:
         """Ask the store; widened to whole blocks: a bit must not be cleared for half a block."""
-        start, data_stop = await self._store.next_data(position, stop)
-        if start >= stop:
-            start = data_stop = stop
-        else:
-            start = max(position, start >> BLOCK_SHIFT << BLOCK_SHIFT)
-            data_stop = min(stop, (data_stop + BLOCK_SIZE - 1) >> BLOCK_SHIFT << BLOCK_SHIFT)
-        return start, data_stop
+        return whole_blocks(position, stop, *await self._store.next_data(position, stop))
 
     async def _send_hole(self, start: int, stop: int) -> None:
         """Send [start, stop) as a hole, as far as that is still true once writes are kept back. (They are until the
@@ -249,9 +235,11 @@ class SyncSource:
     # ── settling ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def _settle(self, start: int, stop: int) -> None:
-        """[start, stop) is the same on the target: the next checkpoint, due now or later, is to clear its bits."""
+        """[start, stop) is the same on the target: the next checkpoint, due now or later, is to clear its bits. (It has
+        a thousand neighbouring pieces: clearing them one by one would hold the event loop.)
+        """
         if start < stop:
-            _add(self._sent, *blocks_of(start, stop - start))
+            add_run(self._sent, *blocks_of(start, stop - start))
         if self._sent_bytes >= CHECKPOINT_BYTES or self._now() >= self._checkpoint_due_s:
             self._checkpoint()
 
@@ -382,7 +370,7 @@ class SyncTarget:
         answer = sync_hash.differing(block_digests(data, seed), bytes(hashes), zeroes)
         for differ, first, count in sync_hash.runs(answer, sync_hash.count_of(hashes)):
             if not differ:
-                _add(self._applied, (offset >> BLOCK_SHIFT) + first, count)
+                add_run(self._applied, (offset >> BLOCK_SHIFT) + first, count)
         self._link.send(wire.SYNC_DIFFERS, answer, sequence=sequence)
 
     def _on_flush(self, flags: int, sequence: int, offset: int, payload: memoryview) -> None:
@@ -412,7 +400,7 @@ class SyncTarget:
         self._link.send(wire.SYNC_FLUSHED, sequence=sequence)
 
     def _note(self, offset: int, length: int) -> None:
-        _add(self._applied, *blocks_of(offset, length))
+        add_run(self._applied, *blocks_of(offset, length))
 
     def _check(self, offset: int, length: int) -> None:
         if not length or offset + length > self._store.size_bytes:

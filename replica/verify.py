@@ -17,7 +17,7 @@ from replica.bitmap import BLOCK_SHIFT, BLOCK_SIZE, blocks_of
 from replica.errors import Refused, ReplicaError
 from replica.hooks import Event
 from replica.link import LinkLost, PeerLink
-from replica.states import Replication, Role
+from replica.states import Role
 from replica.superblock import MAX_VOLUME_BYTES
 from replica.sync_rate import pace_of
 from replica.tasks import spawn
@@ -81,7 +81,7 @@ class Verification:
         self._beginning = True
         try:
             await self._ask(message)
-            if self._link.closed or not self._in_sync:
+            if self._link.closed or not resource.both_in_sync:
                 raise Refused(f"{resource.name} is not in sync with {resource.peer_name} any more: try again later.")
         except (Refused, asyncio.CancelledError):
             # Not the peer's refusal: it has begun, or may be about to.
@@ -131,24 +131,13 @@ class Verification:
         """Whether a run is under way on this link, driven by either node."""
         return self._walker is not None or self._answers is not None
 
-    @property
-    def _in_sync(self) -> bool:
-        resource = self._resource
-        one_disk = resource.peer_volume is not None or resource.serving_peer
-        return resource.attached and resource.state.replication is Replication.ESTABLISHED and not one_disk
-
     def _check(self) -> None:
-        resource, state = self._resource, self._resource.state
-        if not self._in_sync:
-            raise Refused(
-                f"{resource.name} can be verified only while both nodes work with their own disks and are in sync, and "
-                f"{resource.node_name} is {state.connection}/{state.replication} with a disk that is "
-                f"{resource.disk_state}: run `replicactl wait-sync {resource.name}` first."
-            )
+        self._resource.need_both_in_sync("verified")
+        name = self._resource.name
         if self.running or self._beginning:
             raise Refused(
-                f"{resource.name} is being verified already: see `replicactl status {resource.name}`, or end that with "
-                f"`replicactl verify --stop {resource.name}`."
+                f"{name} is being verified already: see `replicactl status {name}`, or end that with "
+                f"`replicactl verify --stop {name}`."
             )
 
     # ── the run, as its driver ───────────────────────────────────────────────────────────────────────────────
@@ -189,7 +178,7 @@ class Verification:
         """
         resource = self._resource
         async with resource.admin:
-            if resource.state.role is not Role.PRIMARY or not self._in_sync or self._link.closed:
+            if resource.state.role is not Role.PRIMARY or not resource.both_in_sync or self._link.closed:
                 raise CannotVerify(f"{resource.node_name}, which was to repair, is not Primary and in sync any more")
             volume, position, sent = resource.volume, start, 0
             pieces: list[tuple[int, int]] = []
@@ -283,7 +272,7 @@ class Verification:
 
     def look(self) -> None:
         """A state has changed: a run goes on only while both copies are in sync."""
-        if self.running and not self._in_sync:
+        if self.running and not self._resource.both_in_sync:
             self._finish("the two copies are not in sync any more", tell=True)
         elif self.running:
             self._time_writes()

@@ -18,7 +18,7 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Final
 
 from replica import wire
-from replica.bitmap import BLOCK_SHIFT, BLOCK_SIZE, blocks_of
+from replica.bitmap import BLOCK_SHIFT, BLOCK_SIZE, blocks_of, whole_blocks
 from replica.digests import Runs, block_digests, differing, digest, pack_runs, unpack_runs
 from replica.errors import ReplicaError
 from replica.group_commit import GroupCommit
@@ -149,7 +149,7 @@ class Walker:
 
     async def _next_data(self, position: int, end: int) -> tuple[int, int]:
         """The next data here, widened to whole blocks."""
-        return _whole_blocks(position, end, *await self._volume.store.next_data(position, end))
+        return whole_blocks(position, end, *await self._volume.store.next_data(position, end))
 
     async def _common_hole(self, start: int, stop: int) -> tuple[int, int]:
         """Up to where [start, stop), a hole here, is one on both nodes, and where the other's data then end."""
@@ -158,7 +158,7 @@ class Walker:
         async with self._locks.hold(start, stop):
             number = self._next_number()
             offset, payload = await self._ask(wire.VERIFY_HOLE, number, start, stop)
-            theirs, theirs_stop = _whole_blocks(start, stop, offset, offset + wire.unpack_length(payload))
+            theirs, theirs_stop = whole_blocks(start, stop, offset, offset + wire.unpack_length(payload))
             # Here as well only now: what the other node had written is applied by now.
             mine, mine_stop = await self._next_data(start, stop)
             self._link.send(wire.VERIFY_DONE, sequence=number, offset=min(theirs, mine))
@@ -350,11 +350,3 @@ class Answers:
         task = spawn(work, "answer to a verification")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _whole_blocks(first: int, end: int, start: int, stop: int) -> tuple[int, int]:
-    """[start, stop), widened to whole blocks inside [first, end); (end, end) when it is not in there."""
-    if not first <= start < end:
-        return end, end
-    start = max(first, start >> BLOCK_SHIFT << BLOCK_SHIFT)
-    return start, min(end, (max(stop, start + 1) + BLOCK_SIZE - 1) >> BLOCK_SHIFT << BLOCK_SHIFT)

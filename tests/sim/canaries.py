@@ -444,7 +444,7 @@ CANARIES = (
         (
             (
                 "replica.resync:SyncTarget._compare",
-                "_add(self._applied, (offset >> BLOCK_SHIFT) + first, count)",
+                "add_run(self._applied, (offset >> BLOCK_SHIFT) + first, count)",
                 "self._bitmap.clear_range((offset >> BLOCK_SHIFT) + first, count)",
             ),
         ),
