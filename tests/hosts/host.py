@@ -25,6 +25,7 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 _NAMESPACES: Final = ("--net", "--uts", "--ipc", "--mount", "--pid")
 _RETRY_S: Final = 0.02
 _STOPPED: Final = frozenset("TtZX")
+_WAITS: Final = "D"
 
 
 def now() -> float:
@@ -164,10 +165,12 @@ class Host:
         with self.lab.lock:
             self.lab.switch.drop(*all_of(self.ports()))  # its kernel would answer
             self.frozen = True
-            while running := [pid for pid in self.namespace.processes() if state_of(pid) not in _STOPPED]:
+            told: set[int] = set()
+            while running := [pid for pid in self.namespace.processes() if not _stopped(pid, told=pid in told)]:
                 for pid in running:  # again, as one may have forked meanwhile
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGSTOP)
+                told.update(running)
         self.lab.note(f"freeze {self.name}")
 
     def thaw(self) -> None:
@@ -268,6 +271,14 @@ def _environment(extra: Mapping[str, str] | None) -> dict[str, str]:
     kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
     kept["PATH"] = f"{kept.get('PATH', '')}:/usr/sbin:/sbin"
     return {**kept, "PYTHONPATH": str(ROOT), "HOME": "/root", **(extra or {})}
+
+
+def _stopped(pid: int, *, told: bool) -> bool:
+    """Whether a process runs nothing any more. One that waits and cannot be interrupted (for its child of vfork, for a
+    FUSE server that stopped before it) cannot stop now; once told to, it stops before it runs again.
+    """
+    state = state_of(pid)
+    return state in _STOPPED or (told and state == _WAITS)
 
 
 def _loop_devices(pid: int) -> list[str]:

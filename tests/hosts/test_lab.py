@@ -36,6 +36,12 @@ while True:
         print(ports[s], flush=True)
 """
 _LAST_PORT = 700
+# clone3(CLONE_VFORK), the same number on every architecture: the parent waits, not to be interrupted, for its child.
+_WAITS_FOR_ITS_CHILD = """
+import ctypes, struct, time
+arguments = struct.pack("8Q", 0x4000, 0, 0, 0, 17, 0, 0, 0)
+ctypes.CDLL(None).syscall(435, arguments, len(arguments)) or (print("ready", flush=True), time.sleep(600))
+"""
 
 
 def _reaches(source: Host, target: Host, address: str = "") -> bool:
@@ -97,6 +103,14 @@ def test_a_frozen_host_says_nothing_and_goes_on_later(lab: Lab) -> None:
     assert not _answers(lab.client, lab.node1)
     lab.node1.thaw()
     assert _reaches(lab.client, lab.node1)
+
+
+def test_a_process_that_cannot_stop_before_another_one_goes_on_is_frozen_too(lab: Lab) -> None:
+    with lab.node1.popen(Host.interpreter, "-c", _WAITS_FOR_ITS_CHILD, stdout=-1) as waiting:
+        assert waiting.stdout is not None and waiting.stdout.readline() == b"ready\n"
+        lab.node1.freeze()
+        lab.node1.thaw()
+        lab.node1.power_cut()
 
 
 def test_a_frozen_host_loses_power_too(lab: Lab) -> None:
