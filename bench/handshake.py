@@ -1,28 +1,33 @@
 """What a handshake costs on large volumes: the bitmap packed, merged, stored and loaded.
 
-    python -m bench.handshake
+    python -m bench.handshake [--write-docs]
 
-Each line is a process of its own, so that its memory is its own. Metadata are on /dev/shm if there is one.
+Each row is a process of its own, so that its memory is its own. Metadata are on /dev/shm if there is one.
 """
 
 import argparse
 import asyncio
+import itertools
 import json
 import random
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
+from bench import document, machine
+from bench.latency import duration
 from bench.servers import image_folder
 from replica.bitmap import BITS_BYTES, BLOCK_SHIFT, SECTOR_BITS, Bitmap
 from replica.metadata import Metadata, create_metadata
 from replica.session import BITMAP_MESSAGE_BYTES
 from replica.store import FileOfMetadata
 
+SECTION: Final = "handshake"
 _HERE = Path(__file__).resolve().parents[1]
 _GIB = 1 << 30
 SIZES_BYTES = (_GIB, 1 << 40, 16 << 40)
@@ -114,18 +119,42 @@ async def measure(size_bytes: int, share: float) -> dict[str, float]:
     return figures
 
 
+def as_markdown(found: Mapping[tuple[int, float], dict[str, float]]) -> list[str]:
+    """The table, as it goes into docs/benchmarks.md; the figures are those of `measure`, by size and share."""
+    heads = ["volume", "dirty blocks", "on the wire", "packed", "merged", "longest step", "stored", "loaded", "memory"]
+    cells = [
+        [
+            f"{size_bytes // _GIB:,} GiB, {100 * share:g} % dirty",
+            f"{figures['dirty']:,.0f}",
+            f"{figures['wire KiB']:,.0f} KiB",
+            *(duration(1000 * figures[f"{step} ms"]) for step in ("pack", "merge", "longest", "save", "load")),
+            f"{figures['in all MiB']:,.0f} MiB",
+        ]
+        for (size_bytes, share), figures in found.items()
+    ]
+    return [machine.how("python -m bench.handshake"), "", *document.table(heads, cells)]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bench.handshake", description="Measure what a handshake costs.")
-    parser.add_argument("--one", nargs=2, metavar=("BYTES", "SHARE"), help="only this, in this process")
+    parser.add_argument("--one", nargs=2, metavar=("BYTES", "SHARE"), help="only this, in this process, as JSON")
+    parser.add_argument("--write-docs", action="store_true", help=f"update {document.BENCHMARKS.name}")
     options = parser.parse_args()
     if options.one:
         print(json.dumps(asyncio.run(measure(int(options.one[0]), float(options.one[1])))))
         return 0
-    for size_bytes in SIZES_BYTES:
-        for share in SHARES:
-            command = [sys.executable, "-m", "bench.handshake", "--one", str(size_bytes), str(share)]
-            done = subprocess.run(command, cwd=_HERE, capture_output=True, text=True, check=True)
-            print(f"{size_bytes // _GIB:6} GiB, {100 * share:g} % dirty: {done.stdout.strip()}", flush=True)
+    found = {}
+    for size_bytes, share in itertools.product(SIZES_BYTES, SHARES):
+        command = [sys.executable, "-m", "bench.handshake", "--one", str(size_bytes), str(share)]
+        done = subprocess.run(command, cwd=_HERE, capture_output=True, text=True, check=True)
+        print(
+            f"{size_bytes // _GIB:6} GiB, {100 * share:g} % dirty: {done.stdout.strip()}", file=sys.stderr, flush=True
+        )
+        found[size_bytes, share] = json.loads(done.stdout)
+    lines = as_markdown(found)
+    print("\n".join(lines))
+    if options.write_docs:
+        document.write_section(document.BENCHMARKS, SECTION, lines)
     return 0
 
 

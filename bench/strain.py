@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -140,34 +140,35 @@ def disk(rounds: int, folder: Path, note: Note) -> Report:
     """More is written than the kernel may keep unwritten: from then on, who writes has to wait for the disk."""
     seen: dict[str, Latencies] = {}
     rates: dict[str, list[float]] = {}
-    status = Latencies()
+    statuses = {node: Latencies() for node in ("Primary", "Secondary")}
     with bounded_dirty_memory(_DIRTY_BYTES):
         for number in range(rounds):
             for name in ("Replica C", "C mirror"):
                 note(f"{name} on the disk, {number + 1} of {rounds}")
-                with _on_disk(name, folder, status) as target:
+                with _on_disk(name, folder, statuses) as target:
                     found = fio([target.uri], _DISK_WORKLOAD, 20.0, most_bytes=_DISK_BYTES)
                 seen.setdefault(name, Latencies()).merge(found.latencies)
                 rates.setdefault(name, []).append(found.rate)
     heads = [f"{_DISK_WORKLOAD.name}, on the disk", "MiB/s", *(f"p{each:g}" for each in PERCENTILES), "longest"]
     cells = []
-    for name, latencies in (*seen.items(), ("`status` of Replica meanwhile", status)):
+    answers = {f"`status` of the {node} meanwhile": latencies for node, latencies in statuses.items()}
+    for name, latencies in {**seen, **answers}.items():
         rate = statistics.median(rates[name]) * _DISK_WORKLOAD.length / (1 << 20) if name in rates else None
         figures = (duration(latencies.percentile_us(each)) for each in (*PERCENTILES, 100))
         cells.append([name, f"{rate:,.0f}" if rate else "", *figures])
     ours, theirs = (seen[name].percentile_us(99.9) for name in ("Replica C", "C mirror"))
-    worst_us = status.percentile_us(100)
+    worst_us = max(latencies.percentile_us(100) or 0 for latencies in statuses.values())
     expected = [
         Expectation(
             "p99.9 in relation to the C mirror's", ours / theirs if ours and theirs else None, 1.0, at_most=True
         ),
-        Expectation("longest answer to `status`", worst_us and worst_us / 1e3, 1000, "ms", at_most=True),
+        Expectation("longest answer to `status`", worst_us / 1e3 or None, 100, "ms", at_most=True),
     ]
     return [*document.table(heads, cells), "", *document.table(expectation.HEADS, expectation.rows(expected))]
 
 
 @contextlib.contextmanager
-def _on_disk(name: str, folder: Path, status: Latencies) -> Iterator[servers.Target]:
+def _on_disk(name: str, folder: Path, statuses: Mapping[str, Latencies]) -> Iterator[servers.Target]:
     with tempfile.TemporaryDirectory(prefix="rb-", dir=folder) as place:
         if name == "C mirror":
             with servers.c_mirror(Path(place)) as target:
@@ -175,7 +176,10 @@ def _on_disk(name: str, folder: Path, status: Latencies) -> Iterator[servers.Tar
             return
         with Cluster(Path(place), size_bytes=servers.SIZE_BYTES, **servers.DEFAULTS) as cluster:
             cluster.up()
-            with asking_for_status(cluster.node1.socket, status):
+            with (
+                asking_for_status(cluster.node1.socket, statuses["Primary"]),
+                asking_for_status(cluster.node2.socket, statuses["Secondary"]),
+            ):
                 yield servers.Target(name, cluster.node1.uri)
 
 

@@ -11,7 +11,19 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bench import charts, compare, cpu_time, document, in_kernel, peers, resync_time, steps, strain, switchover
+from bench import (
+    charts,
+    compare,
+    cpu_time,
+    document,
+    handshake,
+    in_kernel,
+    peers,
+    resync_time,
+    steps,
+    strain,
+    switchover,
+)
 from bench.expectation import Expectation
 from bench.follower import Follower
 from bench.latency import Latencies, duration, merged
@@ -225,7 +237,7 @@ def test_only_what_is_between_the_markers_is_replaced(tmp_path: Path) -> None:
         document.write_section(file, "three", [])
 
 
-@pytest.mark.parametrize("bench", [peers, switchover, strain, resync_time, steps, in_kernel])
+@pytest.mark.parametrize("bench", [peers, switchover, strain, resync_time, handshake, steps, in_kernel])
 def test_the_document_has_the_markers(bench: Any) -> None:
     text = document.BENCHMARKS.read_text()
     assert f"<!-- {bench.SECTION}: begin -->" in text and f"<!-- {bench.SECTION}: end -->" in text
