@@ -1,6 +1,8 @@
-"""Resyncs, measured: beside a client's writes, of dense and of sparse volumes, and after a crash.
+"""Resyncs, measured: beside a client, of dense and of sparse volumes, and after a crash.
 
     python -m bench.resync load [--tree NAME=DIR …] [--rounds N]    # what a client's writes take meanwhile
+    python -m bench.resync reads [--tree NAME=DIR …]                # and what its reads take, from the page cache
+    python -m bench.resync cold-reads [--tree NAME=DIR …]           # or from the disk (images in /var/tmp)
     python -m bench.resync copy [--tree NAME=DIR …] [--rounds N]    # a dense volume, beside nbdcopy
     python -m bench.resync sparse [--tree NAME=DIR …]               # 1 TiB that holds 1 GiB
     python -m bench.resync crash [--tree NAME=DIR …]                # hot extents of which little differs
@@ -18,20 +20,25 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from array import array
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from bench import servers
-from bench.load import libnbd, offsets
+from bench.load import SPAN_BYTES, libnbd
 from tests.cluster.cluster import Cluster
 
 _HERE = Path(__file__).resolve().parents[1]
 _MIB = 1 << 20
 #: The defaults of replica.config; the tests' harness has faster ones.
 _DEFAULTS = {"timeout": "6", "connect-interval": "1", "settle-interval": "5"}
-_WRITE_BYTES = 4096
+_REQUEST_BYTES = 4096
+_DENSE_BYTES = 1 << 30
+
+Figures = dict[str, float]
 
 
 @contextlib.contextmanager
@@ -54,42 +61,42 @@ def fill(image: Path, size_bytes: int, start: int = 0, stop: int | None = None) 
             file.write(piece[: (size_bytes if stop is None else stop) - at])
 
 
-# ── a client that writes ─────────────────────────────────────────────────────────────────────────────────────────
+# ── a client ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def write_until_told(uri: str, results: Path) -> None:
-    """4 KiB, one at a time, until SIGTERM; then (begin, duration) of each write, in seconds, to a file."""
+def work_until_told(kind: str, uri: str, size_bytes: int, results: Path) -> None:
+    """4 KiB, one at a time, until SIGTERM; then (begin, duration) of each request, in seconds, to a file."""
     nbd = libnbd()
     assert nbd is not None
     handle = nbd.NBD()
     handle.connect_uri(uri)
-    data, places = random.Random(2).randbytes(_WRITE_BYTES), offsets(_WRITE_BYTES)
-    samples, told = array("d"), []
+    rng, told = random.Random(2), []
+    data, samples = rng.randbytes(_REQUEST_BYTES), array("d")
+    request = partial(handle.pwrite, data) if kind == "write" else partial(handle.pread, _REQUEST_BYTES)
     signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
-    now, index = time.monotonic, 0
+    now = time.monotonic
     print("ready", flush=True)
     while not told:
+        place = rng.randrange(size_bytes // _REQUEST_BYTES) * _REQUEST_BYTES
         began_s = now()
-        handle.pwrite(data, places[index % len(places)])
+        request(place)
         samples.extend((began_s, now() - began_s))
-        index += 1
     results.write_bytes(samples.tobytes())
     handle.shutdown()
 
 
-class Writer:
-    """The client, in a process of its own."""
+class Client:
+    """It reads or writes (`kind`) at random places of the first so many bytes, in a process of its own."""
 
-    def __init__(self, uri: str, folder: Path) -> None:
-        self._results = folder / "writes"
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.resync", "writer", uri, str(self._results)], stdout=subprocess.PIPE, cwd=_HERE
-        )
+    def __init__(self, kind: str, uri: str, folder: Path, size_bytes: int = SPAN_BYTES) -> None:
+        self._results = folder / "samples"
+        command = [sys.executable, "-m", "bench.resync", "client", kind, uri, str(size_bytes), str(self._results)]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=_HERE)
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == b"ready\n"
 
     def finish(self) -> list[tuple[float, float]]:
-        """(begin, duration) of each write."""
+        """(begin, duration) of each request."""
         self._process.send_signal(signal.SIGTERM)
         assert self._process.wait(30) == 0
         samples = array("d")
@@ -97,14 +104,14 @@ class Writer:
         return list(zip(samples[::2], samples[1::2], strict=True))
 
 
-def quantiles(durations: list[float]) -> dict[str, float]:
+def quantiles(durations: list[float]) -> Figures:
     """Of durations in seconds, in microseconds."""
     ordered = sorted(durations)
 
     def at(share: float) -> float:
         return round(1e6 * ordered[min(len(ordered) - 1, int(share * len(ordered)))], 1) if ordered else 0.0
 
-    return {"writes": len(ordered), "p50": at(0.5), "p99": at(0.99), "p99.9": at(0.999), "most": at(1.0)}
+    return {"requests": len(ordered), "p50": at(0.5), "p99": at(0.99), "p99.9": at(0.999), "most": at(1.0)}
 
 
 # ── what is measured ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -128,34 +135,58 @@ def full_resync(cluster: Cluster) -> float:
     return time.monotonic() - began_s
 
 
-def load(tree: Path, folder: Path) -> dict[str, float]:
-    """A client's writes without a resync, then with one; and the resync without a client."""
-    size_bytes = 1 << 30
-    with pair(tree, folder, size_bytes) as cluster:
-        fill(cluster.node1.image, size_bytes)
+def load(tree: Path, folder: Path) -> Figures:
+    """What a client's writes take, and the resync beside them."""
+    return _beside_a_client(tree, folder, "write", SPAN_BYTES)
+
+
+def reads(tree: Path, folder: Path) -> Figures:
+    """The same for reads."""
+    return _beside_a_client(tree, folder, "read", SPAN_BYTES)
+
+
+def cold_reads(tree: Path, folder: Path) -> Figures:
+    """The same, and hardly any of them from the page cache."""
+    with tempfile.TemporaryDirectory(prefix="rb-", dir="/var/tmp") as on_disk:
+        return _beside_a_client(tree, Path(on_disk), "read", _DENSE_BYTES)
+
+
+def _beside_a_client(tree: Path, folder: Path, kind: str, span_bytes: int) -> Figures:
+    """A client without a resync, then with one; and the resync without a client."""
+    with pair(tree, folder, _DENSE_BYTES) as cluster:
+        fill(cluster.node1.image, _DENSE_BYTES)
         cluster.up()
         alone_s = full_resync(cluster)
-        writer = Writer(cluster.node1.uri, folder)
+        if span_bytes == _DENSE_BYTES:
+            forget(cluster.node1.image)
+        client = Client(kind, cluster.node1.uri, folder, span_bytes)
         time.sleep(1)  # the activity log is warm
         calm_s = time.monotonic()
         time.sleep(5)
         began_s = time.monotonic()
         beside_s = full_resync(cluster)
         ended_s = began_s + beside_s
-        writes = writer.finish()
+        samples = client.finish()
         cluster.quiesce().check_identical()
-    without = quantiles([took for at, took in writes if calm_s <= at < began_s])
-    beside = quantiles([took for at, took in writes if began_s + 0.3 <= at < ended_s - 0.3])
+    without = quantiles([took for at, took in samples if calm_s <= at < began_s])
+    beside = quantiles([took for at, took in samples if began_s + 0.3 <= at < ended_s - 0.3])
     return {
         **{f"without {name}": value for name, value in without.items()},
         **{f"beside {name}": value for name, value in beside.items()},
         "p99 ratio": round(beside["p99"] / without["p99"], 2),
-        "resync MB/s alone": round(size_bytes / alone_s / 1e6),
-        "resync MB/s beside": round(size_bytes / beside_s / 1e6),
+        "resync MB/s alone": round(_DENSE_BYTES / alone_s / 1e6),
+        "resync MB/s beside": round(_DENSE_BYTES / beside_s / 1e6),
     }
 
 
-def copy(tree: Path, folder: Path) -> dict[str, float]:
+def forget(image: Path) -> None:
+    """Have the page cache forget it, as far as it is on the disk."""
+    with image.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def copy(tree: Path, folder: Path) -> Figures:
     """A dense volume, resynced without clients; and nbdcopy between two servers of such images."""
     size_bytes = 2 << 30
     with pair(tree, folder, size_bytes) as cluster:
@@ -186,7 +217,7 @@ def copy(tree: Path, folder: Path) -> dict[str, float]:
     }
 
 
-def sparse(tree: Path, folder: Path) -> dict[str, float]:
+def sparse(tree: Path, folder: Path) -> Figures:
     """The first resync of 1 TiB that holds 1 GiB, a part of it in small pieces as a file system leaves them."""
     size_bytes = 1 << 40
     with pair(tree, folder, size_bytes) as cluster:
@@ -194,7 +225,7 @@ def sparse(tree: Path, folder: Path) -> dict[str, float]:
         with cluster.node1.image.open("r+b") as file:
             for at in range(2 << 30, size_bytes, 128 * _MIB):
                 file.seek(at)
-                file.write(b"x" * _WRITE_BYTES)
+                file.write(b"x" * _REQUEST_BYTES)
         began_s = time.monotonic()
         cluster.create().begin()
         cluster.node1.wait_replication("SyncSource")
@@ -214,15 +245,14 @@ def sparse(tree: Path, folder: Path) -> dict[str, float]:
     }
 
 
-def crash(tree: Path, folder: Path) -> dict[str, float]:
+def crash(tree: Path, folder: Path) -> Figures:
     """The Primary dies with a warm activity log, comes back, and gets its hot extents from the other node."""
-    size_bytes = 1 << 30
-    with pair(tree, folder, size_bytes) as cluster:
-        fill(cluster.node1.image, size_bytes)
+    with pair(tree, folder, _DENSE_BYTES) as cluster:
+        fill(cluster.node1.image, _DENSE_BYTES)
         cluster.up()
-        writer = Writer(cluster.node1.uri, folder)
+        client = Client("write", cluster.node1.uri, folder)
         time.sleep(2)
-        writer.finish()
+        client.finish()
         cluster.node1.kill9()
         cluster.node2.wait_alone()
         cluster.node2.ctl("promote")
@@ -237,8 +267,10 @@ def crash(tree: Path, folder: Path) -> dict[str, float]:
     return {"dirty MiB": dirty >> 20, "seconds with the start": round(seconds, 2)}
 
 
-MEASURES: dict[str, Callable[[Path, Path], dict[str, float]]] = {
+MEASURES: dict[str, Callable[[Path, Path], Figures]] = {
     "load": load,
+    "reads": reads,
+    "cold-reads": cold_reads,
     "copy": copy,
     "sparse": sparse,
     "crash": crash,
@@ -247,8 +279,9 @@ MEASURES: dict[str, Callable[[Path, Path], dict[str, float]]] = {
 
 def main() -> int:
     """Prints one line for each run, and medians."""
-    if sys.argv[1:2] == ["writer"]:
-        write_until_told(sys.argv[2], Path(sys.argv[3]))
+    if sys.argv[1:2] == ["client"]:
+        kind, uri, size_bytes, results = sys.argv[2:]
+        work_until_told(kind, uri, int(size_bytes), Path(results))
         return 0
     parser = argparse.ArgumentParser(prog="bench.resync", description="Measure resyncs.")
     parser.add_argument("what", choices=MEASURES)
@@ -259,7 +292,7 @@ def main() -> int:
         print("bench.resync: libnbd's Python module is not installed (Debian: python3-libnbd)", file=sys.stderr)
         return 1
     trees = dict(tree.split("=", 1) for tree in options.tree or [f"this={_HERE}"])
-    figures: dict[str, list[dict[str, float]]] = {name: [] for name in trees}
+    figures: dict[str, list[Figures]] = {name: [] for name in trees}
     for _ in range(options.rounds):
         for name, tree in trees.items():
             with servers.image_folder() as folder:
