@@ -65,7 +65,7 @@ class SyncSource:
         self._store = store
         self._bitmap = bitmap
         self._locks = locks
-        self._throttle = Throttle(pace_of(rate_bytes_s, CHUNK_BYTES, WINDOW_BYTES), clock_s)
+        self.throttle: Final = Throttle(pace_of(rate_bytes_s, CHUNK_BYTES, WINDOW_BYTES), clock_s)
         self._sampling = sync_hash.Sampling() if ask else None
         self._now: Final = clock_s
         self._number = 0
@@ -91,8 +91,7 @@ class SyncSource:
         self._checkpoint_due_s = 0.0
         self._checkpoints: dict[int, Ranges] = {}
         self._progress = asyncio.Event()
-        self.pause: Final = self._throttle.pause
-        self.client_wrote: Final = self._throttle.client_wrote
+        self.pause: Final = self.throttle.pause
         link.handlers[wire.SYNC_ACK] = self._on_ack
         link.handlers[wire.SYNC_FLUSHED] = self._on_flushed
         if ask:
@@ -126,7 +125,7 @@ class SyncSource:
     async def _send_range(self, position: int, stop: int) -> None:
         """Send [position, stop) in pieces of whole blocks: what of it is in the source, and its holes as holes."""
         while position < stop:
-            await self._throttle.running()
+            await self.throttle.running()
             start, data_stop = await self._next_data(position, stop)
             if start - position >= MIN_HOLE_BYTES or start >= stop:
                 await self._until(lambda: self._holes < MOST_HOLES)
@@ -135,7 +134,7 @@ class SyncSource:
                 position = start
                 continue
             while position < data_stop:
-                piece_stop = min(position + self._throttle.piece_bytes(), data_stop)
+                piece_stop = min(position + self.throttle.piece_bytes(), data_stop)
                 await self._send_piece(position, piece_stop)
                 await self._send_wanted()
                 position = piece_stop
@@ -172,7 +171,7 @@ class SyncSource:
     async def _send_piece(self, start: int, stop: int) -> None:
         """Send [start, stop), or ask the target whether it has to be sent."""
         if self._sampling is not None and self._sampling.wanted(blocks_of(start, stop - start)[1]):
-            await self._throttle.room(stop - start)
+            await self.throttle.room(stop - start)
             await self._read_and(self._send_question, start, stop)
         else:
             await self._send_data(start, stop)
@@ -182,12 +181,12 @@ class SyncSource:
         while self._wanted:
             start, stop = self._wanted.popleft()
             while start < stop:
-                piece_stop = min(start + self._throttle.piece_bytes(), stop)
+                piece_stop = min(start + self.throttle.piece_bytes(), stop)
                 await self._send_data(start, piece_stop)
                 start = piece_stop
 
     async def _send_data(self, start: int, stop: int) -> None:
-        await self._throttle.room(stop - start)
+        await self.throttle.room(stop - start)
         await self._read_and(self._send_read, start, stop)
         self._settle(start, stop)
 
@@ -208,6 +207,8 @@ class SyncSource:
         ahead_from, ahead_stop = self._ahead
         if ahead_from <= position < ahead_stop - READ_AHEAD_BYTES // 2:
             return
+        if self.throttle.gives_way():
+            return  # clients' reads would wait behind all that the disk was asked for
         block = position >> BLOCK_SHIFT
         run = self._bitmap.next_run(block, READ_AHEAD_BYTES >> BLOCK_SHIFT)
         if run is not None and run[0] == block:
@@ -229,7 +230,7 @@ class SyncSource:
 
     def _numbered(self, length: int, on_wire: int) -> int:
         self._number += 1
-        self._unacknowledged[self._number] = length, self._throttle.begun(length, on_wire)
+        self._unacknowledged[self._number] = length, self.throttle.begun(length, on_wire)
         return self._number
 
     # ── settling ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -259,7 +260,7 @@ class SyncSource:
     def _acknowledged(self, sequence: int) -> None:
         length, sent_s = self._unacknowledged.pop(sequence, (0, 0.0))
         if length:
-            self._throttle.ended(length, sent_s)
+            self.throttle.ended(length, sent_s)
         self._told()
 
     def _on_differs(self, flags: int, sequence: int, offset: int, payload: memoryview) -> None:

@@ -323,7 +323,7 @@ class Session:
             ask=self._peer_compares and not resource.disk.bitmap.default_ones,
         )
         resource.volume.start_mirroring(self._link)
-        resource.volume.time_writes(self._source.client_wrote, resource.clock_s)
+        resource.volume.watch_clients(self._source.throttle, resource.clock_s)
         resource.begin_sync(Replication.SYNC_SOURCE)
         resource.hooks.fire(Event.BEFORE_RESYNC_SOURCE, self._verdict)
         self.apply_pause()
@@ -378,7 +378,7 @@ class Session:
             await source.run()
         finally:
             if resource.attached:
-                resource.volume.time_no_writes()
+                resource.volume.watch_no_clients()
         await self._count_peer_in()
         # From SYNC_DONE on the peer may be promoted, and then its writes come here.
         self.start_mirror()

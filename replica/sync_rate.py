@@ -2,17 +2,20 @@
 and time come in; `replica.throttle` waits.
 
 One number is controlled, the *window*: bytes that were sent and that the target has not acknowledged. A window smaller
-than one piece means a pause after each piece.
+than one piece means a pause after each piece. It is the smallest of these:
 
-While clients write, their writes rule. The resync *rests* now and then, for some milliseconds, and what writes take
-meanwhile is what they take without it (BBR's ProbeRTT, in which a sender drains its own queue to see the path without
-it). A write that takes longer than LIMIT times what nine of ten take without it counts as slowed down; the window
-shrinks and grows so that at most SLOWED_SHARE of them are. It never shrinks so far that the resync starves:
-LEAST_BYTES_S (DRBD's c-min-rate).
+*What clients feel*, one window for their writes and one for their reads that wait for the disk. The resync *rests* now
+and then, for some milliseconds, and what requests take meanwhile is what they take without it (BBR's ProbeRTT, in
+which a sender drains its own queue to see the path without it). A request that takes longer than LIMIT times what nine
+of ten take without it counts as slowed down; the window shrinks and grows so that at most SLOWED_SHARE of them are.
 
-While no client writes, everything is the resync's. The window grows until its own queue is QUEUE_S long, by LEDBAT's
-rule (RFC 6817): in proportion to how far the delay above the least seen is from its target. More would make nothing
-faster, and the first write of a client that comes back has to wait for it.
+*Its own queue*, while no client is there: the window grows until the queue is QUEUE_S long, by LEDBAT's rule (RFC
+6817): in proportion to how far the delay above the least seen is from its target. More would make nothing faster, and
+the first request of a client that comes back has to wait for it. Reads from the page cache cannot be timed, as they
+take no time but that in front of the event loop; there they wait in line with the resync's own answers. So while
+clients do such reads, the queue is kept to READ_QUEUE_S.
+
+It never shrinks so far that the resync starves: LEAST_BYTES_S (DRBD's c-min-rate).
 """
 
 import collections
@@ -20,33 +23,52 @@ import math
 import statistics
 from typing import Final, Protocol
 
-#: Of a piece while clients write: each node is busy with it for some ten microseconds, and a write waits for that.
+#: Of a piece while clients are there: a node is busy with it for some ten microseconds, and a request waits for that.
 PIECE_BYTES: Final = 64 << 10
 #: The resync never gets less than this, whatever the clients feel (as far as disks and network go).
 LEAST_BYTES_S: Final = 4 << 20
-#: Clients count as gone so long after their last write.
+#: Clients count as gone so long after their last request.
 CLIENTS_GONE_S: Final = 3.0
 QUEUE_S: Final = 0.01
+READ_QUEUE_S: Final = 0.0002
 
 LIMIT: Final = 2.0
 SLOWED_SHARE: Final = 0.05
 _GROWTH: Final = 1 / 64
 _SHRINKAGE: Final = _GROWTH * (1 - SLOWED_SHARE) / SLOWED_SHARE
+#: How far the window of one kind of requests may be above what is in force, because of another kind.
+_MOST_AHEAD: Final = 2.0
 
-REST_WRITES: Final = 16
+REST_REQUESTS: Final = 16
 _REST_S: Final = 0.03
 _MOST_REST_S: Final = 0.2
-#: Slow writes make for longer rests: several of them have to fit in.
+#: Slow requests make for longer rests: several of them have to fit in.
 _REST_LATENCIES: Final = 3
 _REST_EVERY_S: Final = 0.5
 #: A rest is followed by at least so many times its length of work.
 _WORK_PER_REST: Final = 7
-#: Of the estimate of what writes take without a resync, down; up it is nine times as long.
+#: Of the estimate of what requests take without a resync, down; up it is nine times as long.
 _STEP: Final = 0.01
 
 
-class Pace(Protocol):
+class Clients(Protocol):
+    """Is told what clients do (`Volume.watch_clients`)."""
+
+    def wrote(self, sent_s: float, now_s: float) -> None:
+        """A write that went to the peer at `sent_s` is acknowledged."""
+
+    def read(self, begun_s: float, now_s: float) -> None:
+        """A read that had to wait for the disk is done."""
+
+    def read_at_once(self, now_s: float) -> None:
+        """A read was answered from the page cache."""
+
+
+class Pace(Clients, Protocol):
     """When the next piece of a resync may be sent. Lengths in bytes, times in seconds on one clock."""
+
+    def gives_way(self, now_s: float) -> bool:
+        """Whether there are clients, and they are to be considered."""
 
     def piece_bytes(self, now_s: float) -> int:
         """The longest piece to send now."""
@@ -60,9 +82,6 @@ class Pace(Protocol):
     def acknowledged(self, length: int, delay_s: float, in_flight: int, now_s: float) -> None:
         """The target has done with a piece, `delay_s` after it was sent; `in_flight` is left."""
 
-    def wrote(self, sent_s: float, now_s: float) -> None:
-        """A client's write that was sent at `sent_s` is acknowledged."""
-
 
 class FixedRate:
     """So many bytes per second, whatever clients feel (`resync-rate`)."""
@@ -72,6 +91,9 @@ class FixedRate:
         self._piece_bytes = piece_bytes
         self._window_bytes = window_bytes
         self._next_s = 0.0
+
+    def gives_way(self, now_s: float) -> bool:
+        return False
 
     def piece_bytes(self, now_s: float) -> int:
         return self._piece_bytes
@@ -90,6 +112,42 @@ class FixedRate:
     def wrote(self, sent_s: float, now_s: float) -> None:
         """Nor does this."""
 
+    def read(self, begun_s: float, now_s: float) -> None:
+        """Nor this."""
+
+    def read_at_once(self, now_s: float) -> None:
+        """Nor this."""
+
+
+class _Requests:
+    """Clients' requests of one kind: what they take without a resync, and the window that slows few of them down."""
+
+    def __init__(self, window_bytes: int) -> None:
+        self.window = float(window_bytes)
+        self.last_s = -math.inf
+        #: What nine of ten take at most without a resync; 0: not known yet.
+        self._without_s = 0.0
+        self._first_s: list[float] = []
+
+    def learn(self, latency_s: float) -> None:
+        """One without a resync. The ninth decile, in steps: it stands still when one of ten samples is above it. The
+        first steps are large: what was under way before the first rest, a flush say, is in the first samples.
+        """
+        if len(self._first_s) < REST_REQUESTS:
+            self._first_s.append(latency_s)
+            self._without_s = statistics.median(self._first_s)
+        elif latency_s > self._without_s:
+            self._without_s *= 1 + 9 * _STEP
+        else:
+            self._without_s *= 1 - (_STEP if 2 * latency_s > self._without_s else 10 * _STEP)
+
+    def adjust(self, latency_s: float, *, quiet: bool, least: float, most: float) -> None:
+        """One beside a resync (or, `quiet`, not)."""
+        if self._without_s:
+            slowed = not quiet and latency_s > LIMIT * self._without_s
+            window = self.window * (1 - _SHRINKAGE if slowed else 1 + _GROWTH)
+            self.window = min(max(window, least), most)
+
 
 class FeedbackRate:
     """As fast as clients hardly feel; `piece_bytes` and `window_bytes` are for when there are none. `queue_s`: see
@@ -101,41 +159,52 @@ class FeedbackRate:
         self._queue_s = queue_s
         self._small_bytes = min(PIECE_BYTES, piece_bytes)
         self._most_bytes = max(window_bytes, piece_bytes)
-        self._window = float(min(self._most_bytes, 4 * piece_bytes))
+        self._writes, self._reads = _Requests(self._most_bytes), _Requests(self._most_bytes)
+        self._read_at_once_s = -math.inf
+        #: The window of its own queue.
+        self._own = float(min(self._most_bytes, 4 * piece_bytes))
         #: Both nodes shall have something to do.
         self._alone_bytes = min(self._most_bytes, 2 * piece_bytes)
+        #: Whether pieces are small; the delays below are of such.
+        self._small = False
         self._least_delay_s = math.inf
         #: The least of some counts (as in RFC 6817): one that is long may be a process that did not get its turn.
         self._delays_s: collections.deque[float] = collections.deque(maxlen=4)
-        self._last_write_s = -math.inf
         #: Nothing of the resync has been under way since then; infinite: something is.
         self._quiet_since_s = 0.0
-        #: What nine of ten writes take at most without a resync; 0: not known yet.
-        self._without_s = 0.0
-        self._first_s: list[float] = []
         self._next_s = 0.0
         self._rest_ends_s = -math.inf
         self._rest_s = _REST_S
-        self._rest_writes = 0
+        self._rest_requests = 0
         self._next_rest_s = 0.0
 
-    @property
-    def window_bytes(self) -> float:
-        """The window of now."""
-        return self._window
+    def window_bytes(self, now_s: float) -> float:
+        """The window of this moment."""
+        windows = [requests.window for requests in (self._writes, self._reads) if _lately(requests.last_s, now_s)]
+        if not windows or _lately(self._read_at_once_s, now_s):
+            windows.append(self._own)
+        return min(max(min(windows), self._least), float(self._most_bytes))
 
-    def clients_write(self, now_s: float) -> bool:
-        """Whether clients have written lately."""
-        return now_s - self._last_write_s < CLIENTS_GONE_S
+    def gives_way(self, now_s: float) -> bool:
+        return _lately(max(self._writes.last_s, self._reads.last_s, self._read_at_once_s), now_s)
+
+    @property
+    def _least(self) -> float:
+        """A smaller window would let it starve. (On a clock of coarse steps a delay may be none at all.)"""
+        return max(1.0, LEAST_BYTES_S * self._least_delay_s) if self._least_delay_s < math.inf else 1.0
 
     def piece_bytes(self, now_s: float) -> int:
-        return self._small_bytes if self.clients_write(now_s) else self._piece_bytes
+        if self.gives_way(now_s) != self._small:
+            self._small = not self._small
+            self._least_delay_s = math.inf
+            self._delays_s.clear()
+        return self._small_bytes if self._small else self._piece_bytes
 
     def wait_s(self, length: int, in_flight: int, now_s: float) -> float:
         if now_s < self._rest_ends_s:
             return self._rest_ends_s - now_s
         if in_flight:
-            return 0.0 if in_flight + length <= self._window else math.inf
+            return 0.0 if in_flight + length <= self.window_bytes(now_s) else math.inf
         return max(0.0, self._next_s - now_s)
 
     def sent(self, length: int, on_wire: int, now_s: float) -> None:
@@ -147,63 +216,71 @@ class FeedbackRate:
             if self._rest_ends_s == math.inf:
                 self._rest_ends_s = now_s + self._rest_s
         self._least_delay_s = min(self._least_delay_s, delay_s)
-        if self.clients_write(now_s):
-            self._set_window(self._window)
-            if self._window < length:
-                pause_s = min(delay_s * (length / self._window - 1), length / LEAST_BYTES_S - delay_s)
-                self._next_s = now_s + max(0.0, pause_s)
-            return
         self._delays_s.append(delay_s)
-        off_target = 1 - (min(self._delays_s) - self._least_delay_s) / self._queue_s
-        self._set_window(max(self._alone_bytes, self._window + max(-1.0, off_target) * length))
+        self._watch_queue(length, now_s)
+        window = self.window_bytes(now_s)
+        if window < length:
+            pause_s = min(delay_s * (length / window - 1), length / LEAST_BYTES_S - delay_s)
+            self._next_s = now_s + max(0.0, pause_s)
+
+    def _watch_queue(self, length: int, now_s: float) -> None:
+        queued_s = min(self._delays_s) - self._least_delay_s
+        if now_s < self._rest_ends_s:
+            return  # that is of what was under way before
+        if _lately(self._read_at_once_s, now_s):
+            # One piece more in a round trip (RFC 6817), as one read waits for all of them.
+            step = max(-1.0, 1 - queued_s / READ_QUEUE_S) * length * length / max(self._own, length)
+            self._own = min(max(self._own + step, float(self._small_bytes)), float(self._most_bytes))
+        elif not self._small:
+            step = max(-1.0, 1 - queued_s / self._queue_s) * length
+            self._own = min(max(self._own + step, float(self._alone_bytes)), float(self._most_bytes))
 
     def wrote(self, sent_s: float, now_s: float) -> None:
-        latency_s = now_s - sent_s
-        were_gone = not self.clients_write(now_s)
-        self._last_write_s = now_s
+        self._timed(self._writes, sent_s, now_s)
+
+    def read(self, begun_s: float, now_s: float) -> None:
+        self._timed(self._reads, begun_s, now_s)
+
+    def read_at_once(self, now_s: float) -> None:
+        if not _lately(self._read_at_once_s, now_s):
+            self._own = float(self._small_bytes)
+            # What is under way has to arrive, or its queue would pass for the way without one.
+            self._begin_rest(0.0, now_s)
+        self._read_at_once_s = now_s
+
+    def _timed(self, requests: _Requests, begun_s: float, now_s: float) -> None:
+        latency_s = now_s - begun_s
+        in_force = self.window_bytes(now_s)
+        were_gone = not _lately(requests.last_s, now_s)
+        requests.last_s = now_s
         if were_gone:
-            self._set_window(min(self._window, float(self._small_bytes)))
+            requests.window = min(in_force, float(self._small_bytes))
             self._begin_rest(latency_s, now_s)
             return
-        quiet = sent_s >= self._quiet_since_s
+        quiet = begun_s >= self._quiet_since_s
         if quiet:
-            self._learn(latency_s)
-        if self._rest_writes and now_s < self._rest_ends_s:
-            self._rest_writes -= quiet
-            if not self._rest_writes:
+            requests.learn(latency_s)
+        if self._rest_requests and now_s < self._rest_ends_s:
+            self._rest_requests -= quiet
+            if not self._rest_requests:
                 self._rest_ends_s = now_s
             return
-        self._rest_writes = 0
-        if self._without_s:
-            slowed = not quiet and latency_s > LIMIT * self._without_s
-            self._set_window(self._window * (1 - _SHRINKAGE if slowed else 1 + _GROWTH))
+        self._rest_requests = 0
+        requests.adjust(latency_s, quiet=quiet, least=self._least, most=_MOST_AHEAD * in_force)
         if now_s >= self._next_rest_s:
             self._begin_rest(latency_s, now_s)
 
     def _begin_rest(self, latency_s: float, now_s: float) -> None:
-        """Send nothing until some writes, each of which takes about `latency_s`, were timed without a resync."""
+        """Send nothing until some requests, each of which takes about `latency_s`, were timed without a resync."""
         rest_s = min(_MOST_REST_S, max(_REST_S, _REST_LATENCIES * latency_s))
-        self._rest_s, self._rest_writes = rest_s, REST_WRITES
+        self._rest_s, self._rest_requests = rest_s, REST_REQUESTS
         # What is under way has to arrive first.
         self._rest_ends_s = now_s + rest_s if self._quiet_since_s <= now_s else math.inf
         self._next_rest_s = now_s + max(_REST_EVERY_S, _WORK_PER_REST * rest_s)
 
-    def _set_window(self, window: float) -> None:
-        # On a clock of coarse steps a delay may be none at all.
-        least = max(1.0, LEAST_BYTES_S * self._least_delay_s) if self._least_delay_s < math.inf else 1.0
-        self._window = min(max(window, least), float(self._most_bytes))
 
-    def _learn(self, latency_s: float) -> None:
-        """The ninth decile, in steps: it stands still when one of ten samples is above it. The first steps are large:
-        what was under way before the first rest, a flush say, is in the first samples.
-        """
-        if len(self._first_s) < REST_WRITES:
-            self._first_s.append(latency_s)
-            self._without_s = statistics.median(self._first_s)
-        elif latency_s > self._without_s:
-            self._without_s *= 1 + 9 * _STEP
-        else:
-            self._without_s *= 1 - (_STEP if 2 * latency_s > self._without_s else 10 * _STEP)
+def _lately(last_s: float, now_s: float) -> bool:
+    return now_s - last_s < CLIENTS_GONE_S
 
 
 def pace_of(rate_bytes_s: int | None, piece_bytes: int, window_bytes: int, queue_s: float = QUEUE_S) -> Pace:

@@ -34,6 +34,10 @@ class Throttle:
         """The longest piece to work on now."""
         return self._pace.piece_bytes(self._now())
 
+    def gives_way(self) -> bool:
+        """Whether clients are there and are to be considered."""
+        return self._pace.gives_way(self._now())
+
     async def room(self, length: int) -> None:
         """Wait until work on `length` bytes may begin."""
         while True:
@@ -62,10 +66,21 @@ class Throttle:
         self._pace.acknowledged(length, now_s - begun_s, self._in_flight_bytes, now_s)
         self._tell()
 
-    def client_wrote(self, sent_s: float, now_s: float) -> None:
-        """A client's write that went to the peer at `sent_s` is acknowledged (`Volume.time_writes`)."""
+    # ── what clients do (sync_rate.Clients) ──────────────────────────────────────────────────────────────────
+
+    def wrote(self, sent_s: float, now_s: float) -> None:
+        """A client's write that went to the peer at `sent_s` is acknowledged."""
         self._pace.wrote(sent_s, now_s)
         self._tell()
+
+    def read(self, begun_s: float, now_s: float) -> None:
+        """A client's read that had to wait for the disk is done."""
+        self._pace.read(begun_s, now_s)
+        self._tell()
+
+    def read_at_once(self, now_s: float) -> None:
+        """A client's read was answered from the page cache. Nobody who waits may go on because of that."""
+        self._pace.read_at_once(now_s)
 
     def _tell(self) -> None:
         """Something has changed for all who wait."""

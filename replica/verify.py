@@ -114,17 +114,17 @@ class Verification:
         resource.verify_progress = progress
         pace = pace_of(resource.settings.verify_rate_bytes_s, CHUNK_BYTES, WINDOW_BYTES, queue_s=math.inf)
         self._throttle = Throttle(pace, resource.clock_s)
-        self._time_writes()
+        self._watch_clients()
         words = " and repair what differs" if repair else ""
         log.info("%s: %s begins to verify %d to %d%s", resource.name, driver, start, stop, words)
         resource.changed()
         return progress
 
-    def _time_writes(self) -> None:
+    def _watch_clients(self) -> None:
         """Have the throttle know what a run costs this node's clients. (Promotion, and a new link, begin it anew.)"""
         volume = self._resource.volume
-        if volume.mirroring and not volume.times_writes:
-            volume.time_writes(self._throttle.client_wrote, self._resource.clock_s)
+        if volume.mirroring and not volume.watches_clients:
+            volume.watch_clients(self._throttle, self._resource.clock_s)
 
     @property
     def running(self) -> bool:
@@ -275,7 +275,7 @@ class Verification:
         if self.running and not self._resource.both_in_sync:
             self._finish("the two copies are not in sync any more", tell=True)
         elif self.running:
-            self._time_writes()
+            self._watch_clients()
 
     def end(self, reason: str) -> None:
         """The link is gone."""
@@ -307,7 +307,7 @@ class Verification:
         self._walker = self._answers = self._run = None
         resource.verify_progress = None
         if resource.attached:
-            resource.volume.time_no_writes()
+            resource.volume.watch_no_clients()
         if walker is not None:
             self._numbers = walker.number
         result = resource.verify_result = ended(progress, asyncio.get_running_loop().time(), reason)

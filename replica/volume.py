@@ -32,13 +32,14 @@ from replica import wire
 from replica.activity_log import EXTENT_SHIFT, ActivityLog
 from replica.admission import Admission
 from replica.bitmap import BLOCK_SHIFT, Bitmap, blocks_of
+from replica.client_times import ClientTimes
 from replica.group_commit import GroupCommit
 from replica.link import PeerLink
 from replica.metadata import Metadata
 from replica.store import FailedStore, Store
+from replica.sync_rate import Clients
 from replica.tasks import spawn
 from replica.unsettled import COUNT_BITS, Unsettled
-from replica.write_times import Timed, WriteTimes
 
 log = logging.getLogger("replica.volume")
 
@@ -104,9 +105,9 @@ class Volume:
         self._disk_failed = disk_failed
         self._use(store)
         self._link: PeerLink | None = None
-        #: How writes go to the peer: by its link, or timed on their way.
+        #: How writes go to the peer: by its link, or timed on their way. (So do reads of the disk.)
         self._send_writes: Callable[[Sequence[bytes | memoryview]], bool]
-        self._write_times: WriteTimes | None = None
+        self._client_times: ClientTimes | None = None
         self._sequence = 0
         self._in_flight: collections.deque[tuple[int, _Answer]] = collections.deque()
         self._asked: dict[int, asyncio.Future[bool]] = {}
@@ -138,33 +139,38 @@ class Volume:
         """From now on every write goes to the peer on `link`. The caller has put both copies in step, or marked
         what differs in the bitmap and started a resync.
         """
+        self.watch_no_clients()
         self._link = link
-        self._write_times = None
         self._send_writes = link.send_buffers
         link.handlers[wire.DONE] = self._on_done
         link.handlers[wire.APPLIED] = self._on_acknowledged if self.settings.protocol == "C" else _ignore
         link.handlers[wire.RECEIVED] = self._on_acknowledged if self.settings.protocol == "B" else _ignore
 
-    def time_writes(self, timed: Timed, clock_s: Callable[[], float]) -> None:
-        """Tell `timed` what mirrored writes take, from now on and as long as this link is mirrored to."""
+    def watch_clients(self, clients: Clients, clock_s: Callable[[], float]) -> None:
+        """Tell `clients` what is read and written, and what it takes, from now on and as long as this link is
+        mirrored to.
+        """
         assert self._link is not None
-        self._write_times = WriteTimes(self._link, lambda: self._sequence, timed, clock_s)
-        self._send_writes = self._write_times.send_buffers
+        times = ClientTimes(self._link, self.store, lambda: self._sequence, clients, clock_s)
+        self._client_times = times
+        self._send_writes, self.read_now, self.read = times.send_buffers, times.read_now, times.read
 
     @property
-    def times_writes(self) -> bool:
+    def watches_clients(self) -> bool:
         """Whether somebody is told."""
-        return self._write_times is not None
+        return self._client_times is not None
 
-    def time_no_writes(self) -> None:
+    def watch_no_clients(self) -> None:
         """From now on it costs nothing."""
-        times, self._write_times = self._write_times, None
+        times, self._client_times = self._client_times, None
         if times is not None and self._link is not None:
             times.end()
             self._send_writes = self._link.send_buffers
+            self.read_now, self.read = self.store.read_now, self.store.read
 
     def stop_mirroring(self) -> None:
         """The link is gone. What the peer may lack becomes dirty; what waited for it waits for the record instead."""
+        self.watch_no_clients()
         self._link = None
         if self.handed_over:
             return
@@ -188,6 +194,7 @@ class Volume:
 
         What is under way off the loop fails; what the peer was asked, it will answer to whoever takes this over.
         """
+        self.watch_no_clients()
         self._link = None
         self.handed_over = True
         return HandedOver(self._sequence, self._in_flight, self._asked, self.admission.hand_over())

@@ -43,6 +43,11 @@ class ColdStore(FileStore):
     def __init__(self, file: BlockFile, size_bytes: int) -> None:
         super().__init__(file, size_bytes)
         self.read_now = lambda offset, length: None
+        self.prefetched = 0
+
+    async def prefetch(self, offset: int, length: int) -> None:
+        self.prefetched += 1
+        await super().prefetch(offset, length)
 
 
 class NoticedLocks(RangeLocks):
@@ -143,6 +148,22 @@ def test_a_target_that_cannot_compare_gets_everything(tmp_path: Path, store: typ
         copies.check()
         assert copies.target.received_bytes == SIZE_BYTES
         assert wire.SYNC_HASH not in copies.frames
+
+    run(test)
+
+
+@pytest.mark.parametrize("is_client_there", [True, False])
+def test_the_disk_is_read_ahead_only_while_no_client_waits_for_it(tmp_path: Path, is_client_there: bool) -> None:
+    async def test() -> None:
+        copies = await Copies(tmp_path, data(1), data(2), ColdStore).begin(ask=False)
+        store = copies.source_store
+        assert isinstance(store, ColdStore)
+        if is_client_there:
+            copies.source.throttle.read_at_once(time.monotonic())
+        await copies.source.run()
+        await copies.end()
+        copies.check()
+        assert (store.prefetched == 0) == is_client_there
 
     run(test)
 

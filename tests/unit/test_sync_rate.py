@@ -2,10 +2,36 @@
 
 import math
 from collections import deque
+from collections.abc import Callable
 
 import pytest
 
-from replica.sync_rate import LEAST_BYTES_S, LIMIT, PIECE_BYTES, QUEUE_S, FeedbackRate, FixedRate, Pace
+from replica.sync_rate import (
+    CLIENTS_GONE_S,
+    LEAST_BYTES_S,
+    LIMIT,
+    PIECE_BYTES,
+    QUEUE_S,
+    READ_QUEUE_S,
+    FeedbackRate,
+    FixedRate,
+    Pace,
+)
+
+Told = Callable[[Pace, float, float], None]
+
+
+def wrote(pace: Pace, begun_s: float, now_s: float) -> None:
+    pace.wrote(begun_s, now_s)
+
+
+def read(pace: Pace, begun_s: float, now_s: float) -> None:
+    pace.read(begun_s, now_s)
+
+
+def read_at_once(pace: Pace, begun_s: float, now_s: float) -> None:
+    pace.read_at_once(now_s)
+
 
 MIB = 1 << 20
 CHUNK_BYTES, WINDOW_BYTES = 256 << 10, 4 * MIB
@@ -13,10 +39,13 @@ STEP_S = 1e-5
 
 
 class Model:
-    """Resync pieces and a client's writes wait in one queue; what is worked off is acknowledged `trip_s` later."""
+    """Resync pieces and a client's requests (writes, but for `told`) wait in one queue; what is worked off is
+    acknowledged `trip_s` later.
+    """
 
-    def __init__(self, pace: Pace, bytes_s: float, trip_s: float = 1e-4) -> None:
+    def __init__(self, pace: Pace, bytes_s: float, trip_s: float = 1e-4, told: Told = wrote) -> None:
         self.pace = pace
+        self.told = told
         self.bytes_s = bytes_s
         self.trip_s = trip_s
         self.now_s = 100.0
@@ -51,7 +80,7 @@ class Model:
             sent_s = self._write[1]
             self._write = None
             self.latencies.append(now_s - sent_s)
-            pace.wrote(sent_s, now_s)
+            self.told(pace, sent_s, now_s)
             self._next_write_s = now_s + write_every_s
         length = pace.piece_bytes(now_s)
         while pace.wait_s(length, self.in_flight, now_s) <= 0:
@@ -89,10 +118,11 @@ def test_without_clients_a_fast_target_gets_the_whole_window() -> None:
     assert model.most_in_flight <= WINDOW_BYTES
 
 
+@pytest.mark.parametrize("told", [wrote, read])
 @pytest.mark.parametrize("bytes_s", [30e6, 100e6, 500e6, 2e9])
-def test_few_writes_of_a_client_are_slowed_down(bytes_s: float) -> None:
+def test_few_requests_of_a_client_are_slowed_down(bytes_s: float, told: Told) -> None:
     without_s = 4096 / bytes_s + 1e-4
-    model = Model(feedback(), bytes_s).run(1)
+    model = Model(feedback(), bytes_s, told=told).run(1)
     model.run(3, write_every_s=5e-5)
     assert model.slowed(without_s + STEP_S) < 0.12
     assert model.synced_bytes > 3 * 0.8 * LEAST_BYTES_S
@@ -118,12 +148,49 @@ def test_after_the_clients_have_gone_everything_is_used_again() -> None:
     assert model.run(1).synced_bytes > 0.95 * 100e6 > 4 * held_back / 2
 
 
-def test_the_first_write_makes_the_pieces_small() -> None:
+@pytest.mark.parametrize("told", [wrote, read, read_at_once])
+def test_the_first_request_makes_the_pieces_small(told: Told) -> None:
     pace = feedback()
     assert pace.piece_bytes(1.0) == CHUNK_BYTES
-    pace.wrote(1.0, 1.001)
+    told(pace, 1.0, 1.001)
     assert pace.piece_bytes(1.002) == PIECE_BYTES
-    assert pace.window_bytes <= PIECE_BYTES
+    assert pace.window_bytes(1.002) <= PIECE_BYTES
+    gone_s = 1.01 + CLIENTS_GONE_S
+    assert pace.piece_bytes(gone_s) == CHUNK_BYTES
+
+
+@pytest.mark.parametrize(("bytes_s", "trip_s"), [(100e6, 1e-4), (500e6, 1e-4), (2e9, 1e-4), (2e9, 5e-3)])
+def test_beside_reads_from_the_page_cache_the_queue_is_short(bytes_s: float, trip_s: float) -> None:
+    """They wait in line with the pieces; and what a long way has room for is used, as nobody waits on the way."""
+    model = Model(feedback(), bytes_s, trip_s, told=read_at_once).run(1)
+    model.run(0.05, write_every_s=5e-5)
+    model.run(2, write_every_s=5e-5)
+    queue_bytes = max(2 * READ_QUEUE_S * bytes_s, 2 * PIECE_BYTES)
+    assert model.most_in_flight <= queue_bytes + trip_s * bytes_s + PIECE_BYTES
+    one_at_a_time = PIECE_BYTES / (trip_s + PIECE_BYTES / bytes_s)
+    assert model.synced_bytes > 2 * min(0.8 * one_at_a_time, 0.5 * bytes_s)
+    if trip_s > READ_QUEUE_S:
+        assert model.synced_bytes > 2 * 5 * one_at_a_time
+
+
+def test_of_two_kinds_of_requests_the_one_that_suffers_decides() -> None:
+    """Writes that feel nothing, however many, do not outvote reads that do."""
+    pace, now_s = feedback(), 100.0
+    for _ in range(200):
+        now_s += 1e-4
+        pace.wrote(now_s - 1e-4, now_s)
+        pace.read(now_s - 1e-4, now_s)
+    now_s += 0.1
+    for _ in range(200):
+        now_s += 1e-3
+        pace.sent(PIECE_BYTES, PIECE_BYTES, now_s)
+        for _ in range(50):
+            pace.wrote(now_s - 1e-4, now_s)
+        pace.read(now_s - 1e-3, now_s)
+        pace.acknowledged(PIECE_BYTES, 1e-3, 0, now_s)
+    assert pace.window_bytes(now_s) < PIECE_BYTES / 2
+    beyond_s = now_s + CLIENTS_GONE_S
+    assert pace.window_bytes(beyond_s) > pace.window_bytes(now_s)
 
 
 def test_a_long_way_is_no_reason_to_starve() -> None:
@@ -162,7 +229,7 @@ def test_a_window_never_vanishes() -> None:
         pace.wrote(now_s - 0.5, now_s)
         pace.acknowledged(PIECE_BYTES, 0.0, 0, now_s)
         assert 0 <= pace.wait_s(PIECE_BYTES, 0, now_s) < 1
-    assert pace.window_bytes >= 1
+    assert pace.window_bytes(now_s) >= 1
 
 
 def test_a_slow_begin_is_not_taken_for_what_writes_take() -> None:
@@ -172,6 +239,6 @@ def test_a_slow_begin_is_not_taken_for_what_writes_take() -> None:
         now_s += latency_s
         pace.wrote(now_s - latency_s, now_s)
     pace.sent(PIECE_BYTES, PIECE_BYTES, now_s)  # nothing is quiet any more
-    window = pace.window_bytes
+    window = pace.window_bytes(now_s)
     pace.wrote(now_s, now_s + 0.0005)
-    assert pace.window_bytes < window
+    assert pace.window_bytes(now_s) < window
