@@ -149,7 +149,7 @@ power-cuts: setup vm-image ## nodes in virtual machines lose power, ROUNDS=6 tim
 
 test-vm: setup vm-image ## the kernel's NBD client on a stock kernel: nbd-client, map, failovers (REPLICA_SEED= replays)
 	REPLICA_VM_DIR=$(VM_DIR) $(BIN)/python -m pytest -s $(AT_A_TIME) tests/vm/test_kernel_device.py \
-	  tests/vm/test_third_machine.py $(PYTEST_ARGS)
+	  tests/vm/test_two_machines.py tests/vm/test_third_machine.py $(PYTEST_ARGS)
 
 test-systemd: setup vm-image ## the units of contrib/systemd and the systemd agent, in a virtual machine that runs systemd
 	REPLICA_VM_DIR=$(VM_DIR) $(BIN)/python -m pytest -s tests/vm/test_systemd.py $(PYTEST_ARGS)
