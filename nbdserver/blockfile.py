@@ -70,6 +70,7 @@ class BlockFile:
         self._unsupported_modes: set[int] = set()
         #: Whether `zero` with `punch`, on whole 4 KiB blocks, is sure to be quicker than writing zeroes.
         self.punches_fast = _device_zeroes_fast(fd) if is_block_device else self._can_punch()
+        self._exact_fd = _opened_anew(fd)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, read_only: bool = False, exclusive: bool = True) -> Self:
@@ -100,8 +101,9 @@ class BlockFile:
     def close(self) -> None:
         """Close; the lock goes with it. Can be called more than once."""
         if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+            for fd in {self.fd, self._exact_fd}:
+                os.close(fd)
+            self.fd = self._exact_fd = -1
 
     def refresh_size(self) -> int:
         """Look at the size again (the file or device may have been grown) and return it."""
@@ -141,15 +143,18 @@ class BlockFile:
             return None
         return bytes(view) if count == length else None
 
-    def read(self, offset: int, length: int) -> bytes:
-        """Exactly `length` bytes; OSError EIO when the file ends before."""
-        data = os.pread(self.fd, length, offset)
+    def read(self, offset: int, length: int, *, ahead: bool = True) -> bytes:
+        """Exactly `length` bytes; OSError EIO when the file ends before. Not `ahead`: the kernel reads nothing that was
+        not asked for (of what it takes for a stream it may read megabytes, and who wants something else has to wait).
+        """
+        fd = self.fd if ahead else self._exact_fd
+        data = os.pread(fd, length, offset)
         if len(data) == length:
             return data
         pieces = [data]
         have = len(data)
         while have < length:
-            data = os.pread(self.fd, length - have, offset + have)
+            data = os.pread(fd, length - have, offset + have)
             if not data:
                 raise OSError(errno.EIO, f"{self.path} ends before byte {offset + length}")
             pieces.append(data)
@@ -162,7 +167,7 @@ class BlockFile:
         Without effect on tmpfs, and on pages that somebody else has mapped.
         """
         os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_DONTNEED)
-        return self.read(offset, length)
+        return self.read(offset, length, ahead=False)  # the next call would drop what was read ahead
 
     def write_durable(self, offset: int, data: bytes | memoryview) -> None:
         """Write and wait until it is on stable storage. Raises LostWriteError when only the wait failed."""
@@ -276,6 +281,16 @@ def _filesystem_magic(fd: int) -> int:
     if libc.fstatfs(ctypes.c_int(fd), ctypes.byref(buffer)) != 0:
         return 0
     return int(buffer[0])
+
+
+def _opened_anew(fd: int) -> int:
+    """Another description of the same file, for reads without read-ahead; the same one where that is not to be had."""
+    try:
+        anew = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return fd
+    os.posix_fadvise(anew, 0, 0, os.POSIX_FADV_RANDOM)
+    return anew
 
 
 def _open_sentence(name: str, read_only: bool, error: OSError) -> str:

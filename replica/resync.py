@@ -196,7 +196,7 @@ class SyncSource:
         if data is None:
             await self._read_ahead(start)
             async with self._locks.hold(start, stop):
-                send(start, await self._store.read(start, stop - start))
+                send(start, await self._store.read(start, stop - start, ahead=not self.throttle.gives_way()))
         else:
             send(start, data)
         if self._link.congested:

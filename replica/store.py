@@ -36,7 +36,8 @@ class Store(Protocol):
     def read_now(self, offset: int, length: int) -> bytes | None:
         """Read if that needs no device; None if it does."""
 
-    async def read(self, offset: int, length: int) -> bytes: ...
+    async def read(self, offset: int, length: int, *, ahead: bool = True) -> bytes:
+        """Not `ahead`: have the disk read this and nothing else."""
 
     async def read_medium(self, offset: int, length: int) -> bytes:
         """Read what the medium has, as far as that is not about to be written: not what the page cache remembers."""
@@ -87,8 +88,8 @@ class FileStore:
     def _flush_in_thread(self) -> "asyncio.Future[None]":
         return asyncio.get_running_loop().run_in_executor(self._flush_thread, self._file.flush)
 
-    async def read(self, offset: int, length: int) -> bytes:
-        return await self._run(self._file.read, offset, length)
+    async def read(self, offset: int, length: int, *, ahead: bool = True) -> bytes:
+        return await self._run(lambda: self._file.read(offset, length, ahead=ahead))
 
     async def read_medium(self, offset: int, length: int) -> bytes:
         return await self._run(self._file.read_medium, offset, length)
@@ -233,7 +234,7 @@ class FailedStore:
     def read_now(self, offset: int, length: int) -> bytes | None:
         raise self._fail()
 
-    async def read(self, offset: int, length: int) -> bytes:
+    async def read(self, offset: int, length: int, *, ahead: bool = True) -> bytes:
         raise self._fail()
 
     async def read_medium(self, offset: int, length: int) -> bytes:

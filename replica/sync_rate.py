@@ -7,7 +7,8 @@ than one piece means a pause after each piece. It is the smallest of these:
 *What clients feel*, one window for their writes and one for their reads that wait for the disk. The resync *rests* now
 and then, for some milliseconds, and what requests take meanwhile is what they take without it (BBR's ProbeRTT, in
 which a sender drains its own queue to see the path without it). A request that takes longer than LIMIT times what nine
-of ten take without it counts as slowed down; the window shrinks and grows so that at most SLOWED_SHARE of them are.
+of ten take without it counts as slowed down; the window shrinks and grows so that at most SLOWED_WRITES and
+SLOWED_READS of them are.
 
 *Its own queue*, while no client is there: the window grows until the queue is QUEUE_S long, by LEDBAT's rule (RFC
 6817): in proportion to how far the delay above the least seen is from its target. More would make nothing faster, and
@@ -30,12 +31,13 @@ LEAST_BYTES_S: Final = 4 << 20
 #: Clients count as gone so long after their last request.
 CLIENTS_GONE_S: Final = 3.0
 QUEUE_S: Final = 0.01
-READ_QUEUE_S: Final = 0.0002
+READ_QUEUE_S: Final = 0.0001
 
 LIMIT: Final = 2.0
-SLOWED_SHARE: Final = 0.05
+SLOWED_WRITES: Final = 0.05
+#: More, as the disk is asked for one piece at a time: a read that finds it busy waits for that, and for nothing else.
+SLOWED_READS: Final = 0.1
 _GROWTH: Final = 1 / 64
-_SHRINKAGE: Final = _GROWTH * (1 - SLOWED_SHARE) / SLOWED_SHARE
 #: How far the window of one kind of requests may be above what is in force, because of another kind.
 _MOST_AHEAD: Final = 2.0
 
@@ -49,6 +51,8 @@ _REST_EVERY_S: Final = 0.5
 _WORK_PER_REST: Final = 7
 #: Of the estimate of what requests take without a resync, down; up it is nine times as long.
 _STEP: Final = 0.01
+#: So many in a row that take less than half of it do not happen by chance.
+_FAR_BELOW: Final = 12
 
 
 class Clients(Protocol):
@@ -122,30 +126,36 @@ class FixedRate:
 class _Requests:
     """Clients' requests of one kind: what they take without a resync, and the window that slows few of them down."""
 
-    def __init__(self, window_bytes: int) -> None:
+    def __init__(self, window_bytes: int, slowed_share: float) -> None:
         self.window = float(window_bytes)
+        #: Whether it grows or shrinks in the long run is then decided by whether fewer or more than these are slowed.
+        self._shrinkage = _GROWTH * (1 - slowed_share) / slowed_share
         self.last_s = -math.inf
         #: What nine of ten take at most without a resync; 0: not known yet.
         self._without_s = 0.0
         self._first_s: list[float] = []
+        self._far_below = 0
 
     def learn(self, latency_s: float) -> None:
-        """One without a resync. The ninth decile, in steps: it stands still when one of ten samples is above it. The
-        first steps are large: what was under way before the first rest, a flush say, is in the first samples.
+        """One without a resync. The ninth decile, in steps: it stands still when one of ten samples is above it. What
+        was under way before the first rest, a flush say, is in the first samples: so these give their median, and
+        where many in a row are far below the steps are large.
         """
         if len(self._first_s) < REST_REQUESTS:
             self._first_s.append(latency_s)
             self._without_s = statistics.median(self._first_s)
-        elif latency_s > self._without_s:
+            return
+        self._far_below = self._far_below + 1 if 2 * latency_s < self._without_s else 0
+        if latency_s > self._without_s:
             self._without_s *= 1 + 9 * _STEP
         else:
-            self._without_s *= 1 - (_STEP if 2 * latency_s > self._without_s else 10 * _STEP)
+            self._without_s *= 1 - (_STEP if self._far_below < _FAR_BELOW else 10 * _STEP)
 
     def adjust(self, latency_s: float, *, quiet: bool, least: float, most: float) -> None:
         """One beside a resync (or, `quiet`, not)."""
         if self._without_s:
             slowed = not quiet and latency_s > LIMIT * self._without_s
-            window = self.window * (1 - _SHRINKAGE if slowed else 1 + _GROWTH)
+            window = self.window * (1 - self._shrinkage if slowed else 1 + _GROWTH)
             self.window = min(max(window, least), most)
 
 
@@ -159,7 +169,8 @@ class FeedbackRate:
         self._queue_s = queue_s
         self._small_bytes = min(PIECE_BYTES, piece_bytes)
         self._most_bytes = max(window_bytes, piece_bytes)
-        self._writes, self._reads = _Requests(self._most_bytes), _Requests(self._most_bytes)
+        self._writes = _Requests(self._most_bytes, SLOWED_WRITES)
+        self._reads = _Requests(self._most_bytes, SLOWED_READS)
         self._read_at_once_s = -math.inf
         #: The window of its own queue.
         self._own = float(min(self._most_bytes, 4 * piece_bytes))

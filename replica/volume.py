@@ -22,9 +22,9 @@ import asyncio
 import collections
 import errno
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, Protocol
 
 from nbdserver import extents
 from nbdserver.export import NO_ERRORS, WriteDone
@@ -49,6 +49,12 @@ _Answer = tuple[WriteDone, Mapping[int, int], int]
 
 #: A round is due after so many writes even if they are small: bounds the memory of `unsettled` (8 bytes each).
 _SETTLE_WRITES: Final = 1 << 16
+
+
+class Read(Protocol):
+    """How clients read: as of `nbdserver.export.Export`."""
+
+    def __call__(self, offset: int, length: int) -> Coroutine[Any, Any, bytes]: ...
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,7 @@ class Volume:
         self.store = store
         # Reads need nothing of the volume.
         self.read_now = store.read_now
-        self.read = store.read
+        self.read: Read = store.read
         self.prefetch = store.prefetch
 
     # ── what the node is doing ───────────────────────────────────────────────────────────────────────────────

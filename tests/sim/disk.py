@@ -337,7 +337,7 @@ class SimStore(_File):
         self._maybe_fail(self.disk.faults.read_error, "read")
         return self.disk.read(offset, length)
 
-    async def read(self, offset: int, length: int) -> bytes:
+    async def read(self, offset: int, length: int, *, ahead: bool = True) -> bytes:
         disk = self.disk
         early: list[bytes] = []
 

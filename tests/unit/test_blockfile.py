@@ -64,6 +64,25 @@ def test_read_now_gives_all_or_none(file):
     assert file.read_now(0, 65536) == b"x" * 65536
 
 
+def test_nothing_is_read_that_was_not_asked_for(short_dir):
+    """Though it looks like a stream, of which the kernel would read more and more."""
+    path, piece = short_dir / "on-disk", 64 << 10
+    path.write_bytes(os.urandom(64 * piece))
+    with path.open("rb") as written:
+        os.fsync(written.fileno())
+        os.posix_fadvise(written.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    file = BlockFile.open(path)
+    try:
+        if file.in_memory or file.read_now(0, 4096) is not None:
+            pytest.skip("the page cache does not forget here: this is no disk")
+        for number in range(16):
+            assert len(file.read(number * piece, piece, ahead=False)) == piece
+        assert file.read_now(15 * piece, 4096) is not None
+        assert file.read_now(16 * piece, 4096) is None
+    finally:
+        file.close()
+
+
 def test_what_is_about_to_be_written_counts_as_on_the_medium(file):
     file.write_now(4096, b"x" * 4096)
     assert file.read_medium(4096, 4096) == b"x" * 4096

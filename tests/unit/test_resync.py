@@ -44,6 +44,11 @@ class ColdStore(FileStore):
         super().__init__(file, size_bytes)
         self.read_now = lambda offset, length: None
         self.prefetched = 0
+        self.ahead: set[bool] = set()
+
+    async def read(self, offset: int, length: int, *, ahead: bool = True) -> bytes:
+        self.ahead.add(ahead)
+        return await super().read(offset, length, ahead=ahead)
 
     async def prefetch(self, offset: int, length: int) -> None:
         self.prefetched += 1
@@ -164,6 +169,7 @@ def test_the_disk_is_read_ahead_only_while_no_client_waits_for_it(tmp_path: Path
         await copies.end()
         copies.check()
         assert (store.prefetched == 0) == is_client_there
+        assert store.ahead == {not is_client_there}
 
     run(test)
 
