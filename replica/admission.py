@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 MAX_CHANGE_EXTENTS: Final = 64
 
 
+class ActivityLogLost(OSError):
+    """The activity log cannot be written: nothing can be written to this copy any more."""
+
+
 @dataclass(slots=True, eq=False)
 class _Waiting:
     """One write (with its data and whom to tell) or one other change (with the future of its turn)."""
@@ -227,7 +231,7 @@ class Admission:
     def _give_up(self, error: OSError) -> None:
         """The activity log cannot be written: what waits, or comes later, can never begin."""
         self.failure = error
-        self._volume.report_failure(error)
+        self._volume.report_failure(ActivityLogLost(error.errno, error.strerror))
         for work in self._refuse_turns(error):
             if work.told is not None:
                 work.told(errno.EIO)

@@ -144,6 +144,16 @@ class PeerLink(asyncio.BufferedProtocol):
         self.when_drained(lambda: None if future.done() else future.set_result(None))
         await future
 
+    def pause_reading(self) -> None:
+        """Take nothing more from the peer, which will notice. For less than the peer's timeout."""
+        if not self.closed:
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Go on with that."""
+        if not self.closed:
+            self._transport.resume_reading()
+
     # ── waiting for the peer's word ──────────────────────────────────────────────────────────────────────────
 
     def expect(self, *kinds: int) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
 from replica import wire
+from replica.backpressure import Backpressure
 from replica.link import PeerLink
 from replica.store import Store
 from replica.tasks import spawn
@@ -98,13 +99,15 @@ class Mirror(Answers):
     def __init__(self, link: PeerLink, store: Store, protocol: str, disk_failed: Callable[[OSError], None]) -> None:
         super().__init__(link, store, disk_failed)
         self._store = store
+        self._backpressure = Backpressure(store.headroom_bytes, link.pause_reading, link.resume_reading)
         self._early_word = protocol == "B"
 
     def _on_writes(self, writes: Sequence[tuple[int, memoryview]], last: int) -> None:
         if self._early_word:
             self._link.send(wire.RECEIVED, sequence=last)
-        size, write_now = self._store.size_bytes, self._store.write_now
+        size, write_now, total = self._store.size_bytes, self._store.write_now, 0
         for offset, data in writes:
+            total += len(data)
             if offset + len(data) > size:
                 raise wire.ProtocolError(f"a write of {len(data)} bytes at {offset} is beyond the volume's end.")
             try:
@@ -113,6 +116,7 @@ class Mirror(Answers):
                 self._failed(error)
                 return
         self._link.send(wire.APPLIED, sequence=last)
+        self._backpressure.wrote(total)
 
     def _on_flush(self, flags: int, sequence: int, offset: int, payload: memoryview) -> None:
         try:

@@ -13,6 +13,7 @@ from nbdserver.blockfile import LostWriteError
 from nbdserver.log_limit import FewAlike
 from replica import auth, wire
 from replica import config as cfg
+from replica.admission import ActivityLogLost
 from replica.connector import Connector, Endpoints
 from replica.disk import LocalDisk, open_disk
 from replica.errors import Refused, ReplicaError
@@ -386,11 +387,12 @@ class Resource:
         if self.failed or self._attached is None or self._attached[1].handed_over:
             return
         # Passing an error on takes a client to pass it to; a Secondary's copy must not silently lack a write. And after
-        # a failed flush nobody knows what the disk holds. In both cases it is given up, whatever the policy is.
+        # a failed flush nobody knows what the disk holds; without an activity log nothing can be written to it. In all
+        # these cases it is given up, whatever the policy is. (DRBD detaches for errors of its metadata, too.)
         # (Nor the copy of a Primary that works through its peer: its disk is one that the peer mirrors to.)
         serving = self.state.role is Role.PRIMARY and self.peer_volume is None
         pass_on = self.settings.on_io_error == "pass-on" and serving
-        if pass_on and not isinstance(error, LostWriteError):
+        if pass_on and not isinstance(error, (LostWriteError, ActivityLogLost)):
             return
         self._copy_ends()
         self.failed = True

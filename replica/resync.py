@@ -17,6 +17,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from replica import sync_hash, wire
+from replica.backpressure import Backpressure
 from replica.bitmap import BLOCK_SHIFT, BLOCK_SIZE, Bitmap, add_run, blocks_of, whole_blocks
 from replica.digests import block_digests, digest
 from replica.link import PeerLink
@@ -308,6 +309,7 @@ class SyncTarget:
         self._store = store
         self._bitmap = bitmap
         self._disk_failed = disk_failed
+        self._backpressure = Backpressure(store.headroom_bytes, link.pause_reading, link.resume_reading)
         self._applied: Ranges = []
         self._tasks: set[asyncio.Task[None]] = set()
         self.received_bytes = 0
@@ -331,6 +333,7 @@ class SyncTarget:
         self.received_bytes += len(payload)
         self._note(offset, len(payload))
         self._link.send(wire.SYNC_ACK, sequence=sequence)
+        self._backpressure.wrote(len(payload))
 
     def _on_zero(self, flags: int, sequence: int, offset: int, payload: memoryview) -> None:
         length = wire.unpack_length(payload)

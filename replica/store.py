@@ -7,6 +7,7 @@ thread.
 
 import asyncio
 import errno
+import math
 import os
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 from nbdserver.blockfile import BlockFile
 from replica.group_commit import GroupCommit
 from replica.metadata import MetadataFile, at_once
+from replica.page_cache import PageCache
 
 T = TypeVar("T")
 
@@ -26,6 +28,9 @@ class Store(Protocol):
     size_bytes: int
     #: `zero` with `punch`, on whole 4 KiB blocks, is sure to be quicker than a write of zeroes.
     punches_fast: bool
+
+    def headroom_bytes(self) -> float:
+        """How much may be written before writers should wait for the medium (`replica.backpressure`)."""
 
     def room_bytes(self) -> int:
         """How large the backing is now: it may have been grown behind the volume's end."""
@@ -78,6 +83,10 @@ class FileStore:
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="disk")
         self._flush_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flush")
         self._commit = GroupCommit(self._flush_in_thread)
+        self._page_cache = PageCache()
+
+    def headroom_bytes(self) -> float:
+        return math.inf if self._file.in_memory else self._page_cache.headroom_bytes()
 
     def room_bytes(self) -> int:
         return self._file.refresh_size()
@@ -123,6 +132,7 @@ class FileStore:
         """Wait for calls in threads, then close the file (and with it the lock on it)."""
         self._threads.shutdown(wait=True)
         self._flush_thread.shutdown(wait=True)
+        self._page_cache.close()
         self._file.close()
 
 
@@ -224,6 +234,9 @@ class FailedStore:
 
     def _fail(self) -> OSError:
         return OSError(self._errno, "the disk has failed and is no longer used")
+
+    def headroom_bytes(self) -> float:
+        return math.inf
 
     def room_bytes(self) -> int:
         raise self._fail()

@@ -22,6 +22,7 @@ import asyncio
 import collections
 import errno
 import logging
+import math
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -31,6 +32,7 @@ from nbdserver.export import NO_ERRORS, WriteDone
 from replica import wire
 from replica.activity_log import EXTENT_SHIFT, ActivityLog
 from replica.admission import Admission
+from replica.backpressure import Backpressure
 from replica.bitmap import BLOCK_SHIFT, Bitmap, blocks_of
 from replica.client_times import ClientTimes
 from replica.group_commit import GroupCommit
@@ -119,6 +121,9 @@ class Volume:
         self._asked: dict[int, asyncio.Future[bool]] = {}
         self._unsettled = Unsettled()
         self._unflushed_bytes = 0
+        #: Of the round that is under way.
+        self._flushing_bytes = 0
+        self._backpressure = Backpressure(self._headroom_bytes, self._hold_writes, self._let_writes_go_on)
         self.epoch = 1
         self.settled_epoch = 0
         self._rounds = GroupCommit(lambda: spawn(self._run_round(), "flush of both copies"))
@@ -509,7 +514,7 @@ class Volume:
         epoch = self.epoch
         self.epoch += 1
         self._unsettled.begin_round()
-        self._unflushed_bytes = 0
+        self._flushing_bytes, self._unflushed_bytes = self._unflushed_bytes, 0
         if self._changing:
             # They touched their extents in this epoch; it is not settled before they are done and flushed.
             await asyncio.wait(set(self._changing))
@@ -525,22 +530,37 @@ class Volume:
             by_peer = await self._ask(wire.FLUSH)
         if by_peer:
             self._unsettled.end_round()
+        self._flushing_bytes = 0
         self.settled_epoch = epoch
 
     def _count_unflushed(self, length: int) -> None:
         self._unflushed_bytes += length
+        self._backpressure.wrote(length)
         due = self._unflushed_bytes >= self.settings.settle_bytes or len(self._unsettled.recent) >= _SETTLE_WRITES
-        if due and not self._rounds.running:
-            self._settle_in_background()
+        if due:
+            self.settle_in_background()
+
+    def _headroom_bytes(self) -> float:
+        """What is dirty is not this volume's when all of it has been flushed."""
+        return self.store.headroom_bytes() if self._unflushed_bytes or self._flushing_bytes else math.inf
+
+    def _hold_writes(self) -> None:
+        self.admission.close_gate("page cache")
+        self.settle_in_background()
+
+    def _let_writes_go_on(self) -> None:
+        self.admission.open_gate("page cache")
 
     def _tick(self) -> None:
         self._timer = None
-        if not self._rounds.running and self._unflushed_bytes:
-            self._settle_in_background()
+        if self._unflushed_bytes:
+            self.settle_in_background()
         self.start_timer()
 
-    def _settle_in_background(self) -> None:
-        spawn(self.settle(), "background flush of both copies")
+    def settle_in_background(self) -> None:
+        """`settle`, unless that is under way; nobody waits for it."""
+        if not self._rounds.running:
+            spawn(self.settle(), "background flush of both copies")
 
     # ── the activity log ─────────────────────────────────────────────────────────────────────────────────────
 

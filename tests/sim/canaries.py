@@ -223,6 +223,13 @@ CANARIES = (
         "self._link.send(wire.DONE, sequence=sequence)",
     ),
     Canary(
+        "held-for-ever",
+        "writes that wait for room in the page cache wait for ever",
+        "replica.backpressure:Backpressure._poll",
+        "            self._go_on()",
+        "            pass",
+    ),
+    Canary(
         "stand-in-unrecorded",
         "the peer stands in for the Primary's disk without a record that this disk lacks what comes",
         "replica.stand_in:StandIn._begin_service",

@@ -31,6 +31,8 @@ class DiskFaults:
     flush_s: float = 0.003
     slowness: float = 1.0
     uncached_read: float = 0.1
+    #: How often a writer that asks should wait.
+    full_cache: float = 0.0
     write_back: float = 0.02
     read_error: float = 0.0
     write_error: float = 0.0
@@ -351,6 +353,9 @@ class SimStore(_File):
         return data
 
     read_medium = read
+
+    def headroom_bytes(self) -> float:
+        return 0.0 if self.disk.rng.random() < self.disk.faults.full_cache else 64.0 * SECTOR
 
     def room_bytes(self) -> int:
         return self.disk.size_bytes

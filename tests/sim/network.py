@@ -149,6 +149,8 @@ class End(asyncio.Transport):
         self.gone = False  # nothing is delivered here any more, and nobody is told
         self._protocol: Any = None
         self._early: list[bytes] = []
+        self._reading = True
+        self._unread: list[bytes] = []  # arrived while nothing was read; _FIN comes last
         self._waiting: deque[memoryview] = deque()  # not yet in the kernel
         self._kernel: deque[bytes] = deque()  # taken by the kernel, not yet delivered
         self._kernel_bytes = 0
@@ -176,6 +178,21 @@ class End(asyncio.Transport):
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         pass
+
+    def pause_reading(self) -> None:
+        self._reading = False
+
+    def resume_reading(self) -> None:
+        self._reading = True
+        self.incarnation.loop.call_soon(self._read_on)
+
+    def _read_on(self) -> None:
+        while self._unread and self._reading and not self.gone:
+            data = self._unread.pop(0)
+            if data is _FIN:
+                self._end_of_stream()
+            else:
+                self._receive(data)
 
     def get_write_buffer_size(self) -> int:
         return sum(len(view) for view in self._waiting)
@@ -313,11 +330,17 @@ class End(asyncio.Transport):
         if self._protocol is None and not self._closing:
             self._early.append(data)
             return
+        if self._unread:
+            self._unread.append(data)
+            return
         self.network.world.enter(self.incarnation.loop, self._receive, data)
 
     def _receive(self, data: bytes) -> None:
         at = 0
         while at < len(data):
+            if not self._reading and not self._closing and not self.gone:
+                self._unread.insert(0, data[at:])
+                return
             if self._closing or self.gone:
                 # Unread data at a closed socket: the other end is reset.
                 self.gone = True
@@ -336,12 +359,14 @@ class End(asyncio.Transport):
     def _fin_arrived(self) -> None:
         if self._closing or self._protocol is None:
             return
+        if self._unread:
+            self._unread.append(_FIN)
+        else:
+            self.network.world.enter(self.incarnation.loop, self._end_of_stream)
 
-        def end() -> None:
-            if not self._protocol.eof_received():
-                self.close()
-
-        self.network.world.enter(self.incarnation.loop, end)
+    def _end_of_stream(self) -> None:
+        if self._protocol is not None and not self._closing and not self._protocol.eof_received():
+            self.close()
 
     def _reset_peer(self) -> None:
         peer = self.peer

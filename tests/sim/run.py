@@ -187,7 +187,7 @@ class Run:
         )
 
     def in_sync(self) -> bool:
-        """Both Established, the Primary serving, nothing dirty on either."""
+        """Both Established, the Primary serving, nothing dirty on either, no verb under way."""
         for machine in self.machines:
             resource = machine.resource
             if resource is None or not resource.attached or machine.incarnation is None:
@@ -196,7 +196,7 @@ class Run:
                 return False
             if resource.state.replication is not Replication.ESTABLISHED or machine.incarnation.stopping:
                 return False
-            if resource.disk.bitmap.count:
+            if resource.disk.bitmap.count or resource.admin.locked():  # a resize has grown one copy, say
                 return False
             session = resource.session
             if session is None or not session._task.done():

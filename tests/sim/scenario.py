@@ -207,6 +207,8 @@ def _constants(rng: random.Random) -> dict[tuple[str, str], int | float]:
     chunk = rng.choice((4 << 10, 8 << 10, 32 << 10))
     return {
         ("resync", "CHUNK_BYTES"): chunk,
+        ("backpressure", "LEAST_BETWEEN_LOOKS"): 4 << 10,
+        ("backpressure", "_ENOUGH_BYTES"): 512,
         ("resync", "WINDOW_BYTES"): chunk * rng.choice((1, 2, 8)),
         ("resync", "RUN_BYTES"): rng.choice((16 << 10, 64 << 10, 256 << 20)),
         ("resync", "MIN_HOLE_BYTES"): rng.choice((4 << 10, 16 << 10, 64 << 10)),
@@ -279,6 +281,7 @@ def _disk(rng: random.Random, calm: bool) -> DiskFaults:
         read_error=bad * rng.choice((0.0, 0.002)),
         write_error=bad * rng.choice((0.0, 0.001)),
         flush_error=bad * rng.choice((0.0, 0.01)),
+        full_cache=rng.choice((0.0, 0.0, 0.1, 0.7)),
     )
 
 

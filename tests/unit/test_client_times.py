@@ -1,22 +1,13 @@
 """Clients' requests are timed on a real volume and link, one of a kind at a time, and only while somebody asks."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from nbdserver.blockfile import BlockFile
 from replica import wire
-from replica.activity_log import ActivityLog
-from replica.bitmap import BLOCK_SHIFT, Bitmap
-from replica.metadata import Metadata, create_metadata
-from replica.store import FileOfMetadata, FileStore
-from replica.volume import Volume, VolumeSettings
+from tests.unit.a_volume import disk, volume_on
 from tests.unit.test_link import opened, run
-
-SIZE_BYTES = 4 << 20
 
 
 class Told:
@@ -39,43 +30,6 @@ class Told:
     @property
     def counts(self) -> tuple[int, int, int]:
         return len(self.writes), len(self.reads), self.at_once
-
-
-@contextmanager
-def disk(folder: Path) -> Iterator[FileStore]:
-    path = folder / "image"
-    path.write_bytes(bytes(SIZE_BYTES))
-    file = BlockFile.open(path)
-    yield FileStore(file, SIZE_BYTES)
-    file.close()
-
-
-async def volume_on(store: FileStore, folder: Path) -> Volume:
-    path = folder / "md"
-    create_metadata(
-        path,
-        cluster="c",
-        resource="r0",
-        volume=0,
-        node="a",
-        peer="b",
-        size_bytes=SIZE_BYTES,
-        al_slots=64,
-        backing_fingerprint="",
-        force=True,
-    )
-    metadata = await Metadata.load(FileOfMetadata.open(path))
-    activity_log = ActivityLog(64)
-    activity_log.hot[0] = 1  # the writes below begin at once
-
-    async def record_alone() -> None: ...
-
-    def disk_failed(error: OSError) -> None:
-        raise error
-
-    bitmap = Bitmap(SIZE_BYTES >> BLOCK_SHIFT)
-    settings = VolumeSettings(protocol="C", settle_interval_s=60, settle_bytes=1 << 40)
-    return Volume(settings, store, metadata, bitmap, activity_log, record_alone, disk_failed)
 
 
 def test_one_request_of_a_kind_is_timed_at_a_time_and_none_is_lost(tmp_path: Path) -> None:
