@@ -65,8 +65,9 @@ class Three:
     def replace_volume(self, change: str) -> None:
         """Both nodes stop, their copies are changed by a script, and node1 serves what is there as a new volume."""
         self.one.ctl("demote", force=True)
-        for node in self.pair.nodes:
+        for node in self.pair.nodes:  # both first: the new copy of one must not meet the old one of the other
             self.signal(node, signal.SIGKILL)
+        for node in self.pair.nodes:
             node.machine.run("sh", "-ec", change)
             node.cli("create-md", "--force")
             node.start()
