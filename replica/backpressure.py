@@ -15,7 +15,7 @@ _MOST_BETWEEN_LOOKS: Final = 4 << 20
 _SHARE_BETWEEN_LOOKS: Final = 8
 #: Writes go on when there is so much room again.
 _ENOUGH_BYTES: Final = 1 << 20
-_POLL_S: Final = 0.005
+_POLL_S: Final = 0.002
 #: What is dirty may be somebody else's, on a slow disk: then the kernel has to decide who waits.
 _MOST_HELD_S: Final = 0.2
 
