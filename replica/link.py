@@ -145,13 +145,15 @@ class PeerLink(asyncio.BufferedProtocol):
         await future
 
     def pause_reading(self) -> None:
-        """Take nothing more from the peer, which will notice. For less than the peer's timeout."""
+        """Take nothing more from the peer, for less than the timeout; it hears this node meanwhile."""
         if not self.closed:
+            self._heard = True  # it is not the peer that is silent
             self._transport.pause_reading()
 
     def resume_reading(self) -> None:
         """Go on with that."""
         if not self.closed:
+            self._heard = True
             self._transport.resume_reading()
 
     # ── waiting for the peer's word ──────────────────────────────────────────────────────────────────────────
