@@ -1,8 +1,9 @@
-"""Resyncs, measured: beside a client, of dense and of sparse volumes, and after a crash.
+"""Resyncs and verifications, measured: beside a client, of dense and of sparse volumes, and after a crash.
 
     python -m bench.resync load [--tree NAME=DIR …] [--rounds N]    # what a client's writes take meanwhile
     python -m bench.resync reads [--tree NAME=DIR …]                # and what its reads take, from the page cache
     python -m bench.resync cold-reads [--tree NAME=DIR …]           # or from the disk (images in /var/tmp)
+    python -m bench.resync verify [--tree NAME=DIR …]               # a verification, beside a client's writes
     python -m bench.resync copy [--tree NAME=DIR …] [--rounds N]    # a dense volume, beside nbdcopy
     python -m bench.resync sparse [--tree NAME=DIR …]               # 1 TiB that holds 1 GiB
     python -m bench.resync crash [--tree NAME=DIR …]                # hot extents of which little differs
@@ -135,6 +136,14 @@ def full_resync(cluster: Cluster) -> float:
     return time.monotonic() - began_s
 
 
+def full_verify(cluster: Cluster) -> float:
+    """Compare everything; seconds until that is done."""
+    began_s = time.monotonic()
+    done = cluster.node1.cli("verify", "--wait")
+    assert done.returncode == 0, done.stderr
+    return time.monotonic() - began_s
+
+
 def load(tree: Path, folder: Path) -> Figures:
     """What a client's writes take, and the resync beside them."""
     return _beside_a_client(tree, folder, "write", SPAN_BYTES)
@@ -157,12 +166,19 @@ def cold_reads(tree: Path, folder: Path) -> Figures:
         return _beside_a_client(tree, Path(on_disk), "read", _DENSE_BYTES)
 
 
-def _beside_a_client(tree: Path, folder: Path, kind: str, span_bytes: int) -> Figures:
-    """A client without a resync, then with one; and the resync without a client."""
+def verify(tree: Path, folder: Path) -> Figures:
+    """What a client's writes take, and a verification beside them."""
+    return _beside_a_client(tree, folder, "write", SPAN_BYTES, full_verify)
+
+
+def _beside_a_client(
+    tree: Path, folder: Path, kind: str, span_bytes: int, work: Callable[[Cluster], float] = full_resync
+) -> Figures:
+    """A client without such work, then with it; and the work without a client."""
     with pair(tree, folder, _DENSE_BYTES) as cluster:
         fill(cluster.node1.image, _DENSE_BYTES)
         cluster.up()
-        alone_s = full_resync(cluster)
+        alone_s = work(cluster)
         if span_bytes == _DENSE_BYTES:
             forget(cluster.node1.image)
         client = Client(kind, cluster.node1.uri, folder, span_bytes)
@@ -170,7 +186,7 @@ def _beside_a_client(tree: Path, folder: Path, kind: str, span_bytes: int) -> Fi
         calm_s = time.monotonic()
         time.sleep(5)
         began_s = time.monotonic()
-        beside_s = full_resync(cluster)
+        beside_s = work(cluster)
         ended_s = began_s + beside_s
         samples = client.finish()
         cluster.quiesce().check_identical()
@@ -180,8 +196,8 @@ def _beside_a_client(tree: Path, folder: Path, kind: str, span_bytes: int) -> Fi
         **{f"without {name}": value for name, value in without.items()},
         **{f"beside {name}": value for name, value in beside.items()},
         "p99 ratio": round(beside["p99"] / without["p99"], 2),
-        "resync MB/s alone": round(_DENSE_BYTES / alone_s / 1e6),
-        "resync MB/s beside": round(_DENSE_BYTES / beside_s / 1e6),
+        "MB/s alone": round(_DENSE_BYTES / alone_s / 1e6),
+        "MB/s beside": round(_DENSE_BYTES / beside_s / 1e6),
     }
 
 
@@ -277,6 +293,7 @@ MEASURES: dict[str, Callable[[Path, Path], Figures]] = {
     "load": load,
     "reads": reads,
     "cold-reads": cold_reads,
+    "verify": verify,
     "copy": copy,
     "sparse": sparse,
     "crash": crash,
