@@ -23,9 +23,9 @@ from bench import document, machine
 from bench.latency import duration
 from bench.servers import image_folder
 from replica.bitmap import BITS_BYTES, BLOCK_SHIFT, SECTOR_BITS, Bitmap
-from replica.metadata import Metadata, create_metadata
+from replica.metadata import Metadata
 from replica.session import BITMAP_MESSAGE_BYTES
-from replica.store import FileOfMetadata
+from tests.unit.a_volume import new_metadata
 
 SECTION: Final = "handshake"
 _HERE = Path(__file__).resolve().parents[1]
@@ -87,20 +87,7 @@ async def measure(size_bytes: int, share: float) -> dict[str, float]:
     figures |= {"pack ms": round(1000 * pack_s, 1), "merge ms": round(1000 * merge_s, 1)}
     figures |= {"longest ms": round(1000 * longest_s, 1), "messages": messages, "wire KiB": round(bytes_ / 1024, 1)}
     with image_folder() as folder:
-        path = folder / "r0.md"
-        create_metadata(
-            path,
-            cluster="c",
-            resource="r0",
-            volume=0,
-            node="a",
-            peer="b",
-            size_bytes=size_bytes,
-            al_slots=1237,
-            backing_fingerprint="",
-            force=True,
-        )
-        file = FileOfMetadata.open(path)
+        file = new_metadata(folder / "r0.md", size_bytes, 1237)
         metadata = await Metadata.load(file)
         with timed(figures, "save ms"):
             await metadata.save_bitmap(peer)

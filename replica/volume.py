@@ -538,7 +538,7 @@ class Volume:
         self._backpressure.wrote(length)
         due = self._unflushed_bytes >= self.settings.settle_bytes or len(self._unsettled.recent) >= _SETTLE_WRITES
         if due:
-            self.settle_in_background()
+            self._settle_in_background()
 
     def _headroom_bytes(self) -> float:
         """What is dirty is not this volume's when all of it has been flushed."""
@@ -546,7 +546,7 @@ class Volume:
 
     def _hold_writes(self) -> None:
         self.admission.close_gate("page cache")
-        self.settle_in_background()
+        self._settle_in_background()
 
     def _let_writes_go_on(self) -> None:
         self.admission.open_gate("page cache")
@@ -554,11 +554,10 @@ class Volume:
     def _tick(self) -> None:
         self._timer = None
         if self._unflushed_bytes:
-            self.settle_in_background()
+            self._settle_in_background()
         self.start_timer()
 
-    def settle_in_background(self) -> None:
-        """`settle`, unless that is under way; nobody waits for it."""
+    def _settle_in_background(self) -> None:
         if not self._rounds.running:
             spawn(self.settle(), "background flush of both copies")
 

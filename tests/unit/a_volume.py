@@ -26,9 +26,8 @@ def disk(folder: Path, kind: Callable[[BlockFile, int], StoreT] = FileStore) -> 
     store.close()
 
 
-async def volume_on(store: FileStore, folder: Path) -> Volume:
-    """On this store, of a node whose copy is in sync; its first extent is hot."""
-    path = folder / "md"
+def new_metadata(path: Path, size_bytes: int, al_slots: int) -> FileOfMetadata:
+    """Of a new copy."""
     create_metadata(
         path,
         cluster="c",
@@ -36,12 +35,17 @@ async def volume_on(store: FileStore, folder: Path) -> Volume:
         volume=0,
         node="a",
         peer="b",
-        size_bytes=SIZE_BYTES,
-        al_slots=64,
+        size_bytes=size_bytes,
+        al_slots=al_slots,
         backing_fingerprint="",
         force=True,
     )
-    metadata = await Metadata.load(FileOfMetadata.open(path))
+    return FileOfMetadata.open(path)
+
+
+async def volume_on(store: FileStore, folder: Path) -> Volume:
+    """On this store, of a node whose copy is in sync; its first extent is hot."""
+    metadata = await Metadata.load(new_metadata(folder / "md", SIZE_BYTES, 64))
     activity_log = ActivityLog(64)
     activity_log.hot[0] = 1
 
