@@ -96,7 +96,7 @@ def test_a_read_counts_for_each_of_its_pieces(tmp_path: Path) -> None:
     clock = iter((1.0, 1.1, 2.0, 2.1))
 
     async def test() -> None:
-        async with mirrored(tmp_path) as (volume, link):
+        async with mirrored(tmp_path) as (volume, _link):
             told = Told()
             volume.watch_clients(told, lambda: next(clock))
             await volume.read(0, 512)
