@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 
-from replica.tasks import spawn
+from replica.tasks import to_its_end
 
 #: Between SIGTERM and SIGKILL, and how long the end is waited for after that.
 GRACE_S: Final = 1.0
@@ -113,7 +113,7 @@ async def run(
     except TimeoutError:
         timed_out = True
     finally:
-        status = await _to_the_end(program)
+        status = await to_its_end(program.end(), "end of a program")
     if timed_out or status is None:
         return Ended(None, f"ran longer than {timeout_s:g} s and was killed")
     return Ended(status, _problem(status))
@@ -121,16 +121,6 @@ async def run(
 
 def _problem(status: int) -> str:
     return "" if status == 0 else f"was ended by signal {-status}" if status < 0 else f"returned {status}"
-
-
-async def _to_the_end(program: "_Running") -> int | None:
-    """`program.end()`, not cut short by a cancellation that comes in the middle of it."""
-    ending = spawn(program.end(), "end of a program")
-    try:
-        return await asyncio.shield(ending)
-    except asyncio.CancelledError:
-        await asyncio.wait([ending])
-        raise
 
 
 def _start(

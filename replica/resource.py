@@ -28,7 +28,7 @@ from replica.runtime import Runtime
 from replica.session import Session
 from replica.states import SYNCING, Connection, Disk, Replication, Role, State, local_disk
 from replica.status import status_document
-from replica.tasks import spawn
+from replica.tasks import spawn, to_its_end
 from replica.verbs import Verbs
 from replica.verify_report import VerifyProgress, VerifyResult
 from replica.volume import Volume, VolumeSettings
@@ -181,7 +181,12 @@ class Resource:
         await disk.metadata.save_bitmap(disk.bitmap)
 
     async def grow(self, size_bytes: int, *, clean: bool) -> None:
-        """Use more of the backing, durably on return. `clean`: what is new is the same on both nodes (else dirty)."""
+        """Use more of the backing, durably on return. `clean`: what is new is the same on both nodes (else dirty). A
+        link that is lost in the middle of it must not leave the metadata with one size and the volume with the other.
+        """
+        await to_its_end(self._grow(size_bytes, clean=clean), "growing of a volume")
+
+    async def _grow(self, size_bytes: int, *, clean: bool) -> None:
         disk, volume = self.disk, self.volume
         log.info("%s: grows from %d to %d bytes on %s", self.name, disk.size_bytes, size_bytes, self.node_name)
         await disk.metadata.grow(disk.bitmap, size_bytes, clean=clean)

@@ -23,6 +23,16 @@ def spawn(work: Coroutine[Any, Any, T], name: str) -> "asyncio.Task[T]":
     return task
 
 
+async def to_its_end(work: Coroutine[Any, Any, T], name: str) -> T:
+    """`await work`, but a cancellation that comes in the middle of it takes effect when it has ended."""
+    task = spawn(work, name)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
+
+
 def _finished(task: "asyncio.Task[Any]") -> None:
     _running.discard(task)
     if task.cancelled():

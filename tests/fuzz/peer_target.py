@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -71,6 +72,9 @@ class MemoryStore:
 
     def _in_range(self, offset: int, length: int) -> None:
         assert offset >= 0 and length >= 0 and offset + length <= SIZE_BYTES, f"{length} bytes at {offset}"
+
+    def headroom_bytes(self) -> float:
+        return math.inf
 
     def write_now(self, offset: int, data: bytes | memoryview) -> None:
         self._in_range(offset, len(data))
