@@ -123,8 +123,10 @@ class BlockFile:
                 raise OSError(errno.EIO, "nothing more could be written")
             written += count
 
-    def read_now(self, offset: int, length: int) -> bytes | None:
-        """Exactly `length` bytes when they are in the page cache and not too many, else None."""
+    def read_now(self, offset: int, length: int, *, ahead: bool = True) -> bytes | None:
+        """Exactly `length` bytes when they are in the page cache and not too many, else None. `ahead`: as for `read`
+        (for the kernel begins to read what is not there).
+        """
         if length > _NOW_BYTES:
             return None
         if self.in_memory:
@@ -134,7 +136,7 @@ class BlockFile:
             return None
         view = self._scratch[:length]
         try:
-            count = os.preadv(self.fd, (view,), offset, os.RWF_NOWAIT)
+            count = os.preadv(self.fd if ahead else self._exact_fd, (view,), offset, os.RWF_NOWAIT)
         except OSError as error:
             if error.errno in _UNSUPPORTED:
                 self._has_nowait = False

@@ -193,11 +193,14 @@ class SyncSource:
 
     async def _read_and(self, send: Callable[[int, bytes], None], start: int, stop: int) -> None:
         """Read [start, stop) and send it, or something about it, with no write in between."""
-        data = None if self._locks.overlaps(start, stop) else self._store.read_now(start, stop - start)
+        # Clients' reads would wait behind all that the disk was asked for.
+        ahead = not self.throttle.gives_way()
+        data = None if self._locks.overlaps(start, stop) else self._store.read_now(start, stop - start, ahead=ahead)
         if data is None:
-            await self._read_ahead(start)
+            if ahead:
+                await self._read_ahead(start)
             async with self._locks.hold(start, stop):
-                send(start, await self._store.read(start, stop - start, ahead=not self.throttle.gives_way()))
+                send(start, await self._store.read(start, stop - start, ahead=ahead))
         else:
             send(start, data)
         if self._link.congested:
@@ -208,8 +211,6 @@ class SyncSource:
         ahead_from, ahead_stop = self._ahead
         if ahead_from <= position < ahead_stop - READ_AHEAD_BYTES // 2:
             return
-        if self.throttle.gives_way():
-            return  # clients' reads would wait behind all that the disk was asked for
         block = position >> BLOCK_SHIFT
         run = self._bitmap.next_run(block, READ_AHEAD_BYTES >> BLOCK_SHIFT)
         if run is not None and run[0] == block:

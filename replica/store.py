@@ -38,11 +38,11 @@ class Store(Protocol):
     def write_now(self, offset: int, data: bytes | memoryview) -> None:
         """Write to the page cache (readable at once, durable after `flush`)."""
 
-    def read_now(self, offset: int, length: int) -> bytes | None:
+    def read_now(self, offset: int, length: int, *, ahead: bool = True) -> bytes | None:
         """Read if that needs no device; None if it does."""
 
     async def read(self, offset: int, length: int, *, ahead: bool = True) -> bytes:
-        """Not `ahead`: have the disk read this and nothing else."""
+        """Not `ahead`, here and in `read_now`: have the disk read this and nothing else."""
 
     async def read_medium(self, offset: int, length: int) -> bytes:
         """Read what the medium has, as far as that is not about to be written: not what the page cache remembers."""
@@ -244,7 +244,7 @@ class FailedStore:
     def write_now(self, offset: int, data: bytes | memoryview) -> None:
         raise self._fail()
 
-    def read_now(self, offset: int, length: int) -> bytes | None:
+    def read_now(self, offset: int, length: int, *, ahead: bool = True) -> bytes | None:
         raise self._fail()
 
     async def read(self, offset: int, length: int, *, ahead: bool = True) -> bytes:

@@ -135,7 +135,7 @@ class Volume:
     def _use(self, store: Store) -> None:
         self.store = store
         # Reads need nothing of the volume.
-        self.read_now = store.read_now
+        self.read_now: Callable[[int, int], bytes | None] = store.read_now
         self.read: Read = store.read
         self.prefetch = store.prefetch
 

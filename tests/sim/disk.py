@@ -332,7 +332,7 @@ class SimStore(_File):
         self._maybe_fail(self.disk.faults.write_error, "write")
         self.disk.write(offset, data)
 
-    def read_now(self, offset: int, length: int) -> bytes | None:
+    def read_now(self, offset: int, length: int, *, ahead: bool = True) -> bytes | None:
         self._alive()
         if self.disk.rng.random() < self.disk.faults.uncached_read:
             return None

@@ -42,9 +42,13 @@ class ColdStore(FileStore):
 
     def __init__(self, file: BlockFile, size_bytes: int) -> None:
         super().__init__(file, size_bytes)
-        self.read_now = lambda offset, length: None
+        self.read_now = self._not_now
         self.prefetched = 0
         self.ahead: set[bool] = set()
+
+    def _not_now(self, offset: int, length: int, *, ahead: bool = True) -> bytes | None:
+        self.ahead.add(ahead)
+        return None
 
     async def read(self, offset: int, length: int, *, ahead: bool = True) -> bytes:
         self.ahead.add(ahead)
