@@ -146,13 +146,13 @@ class PeerLink(asyncio.BufferedProtocol):
 
     def pause_reading(self) -> None:
         """Take nothing more from the peer, for less than the timeout; it hears this node meanwhile."""
-        if not self.closed:
+        if not self.closed and not self._transport.is_closing():
             self._heard = True  # it is not the peer that is silent
             self._transport.pause_reading()
 
     def resume_reading(self) -> None:
         """Go on with that."""
-        if not self.closed:
+        if not self.closed and not self._transport.is_closing():
             self._heard = True
             self._transport.resume_reading()
 
