@@ -31,7 +31,7 @@ LEAST_BYTES_S: Final = 4 << 20
 #: Clients count as gone so long after their last request.
 CLIENTS_GONE_S: Final = 3.0
 QUEUE_S: Final = 0.01
-READ_QUEUE_S: Final = 0.0001
+READ_QUEUE_S: Final = 0.00002
 
 LIMIT: Final = 2.0
 SLOWED_WRITES: Final = 0.05
