@@ -30,6 +30,7 @@ from pathlib import Path
 
 from bench import servers
 from bench.load import SPAN_BYTES, libnbd
+from nbdserver.blockfile import BlockFile
 from tests.cluster.cluster import Cluster
 
 _HERE = Path(__file__).resolve().parents[1]
@@ -179,7 +180,7 @@ def _beside_a_client(
         fill(cluster.node1.image, _DENSE_BYTES)
         cluster.up()
         alone_s = work(cluster)
-        if span_bytes == _DENSE_BYTES:
+        if span_bytes == _DENSE_BYTES:  # all of the image: these requests are to need the disk
             forget(cluster.node1.image)
         client = Client(kind, cluster.node1.uri, folder, span_bytes)
         time.sleep(1)  # the activity log is warm
@@ -202,10 +203,9 @@ def _beside_a_client(
 
 
 def forget(image: Path) -> None:
-    """Have the page cache forget it, as far as it is on the disk."""
-    with image.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    """Have the page cache forget it."""
+    with contextlib.closing(BlockFile.open(image, read_only=True, exclusive=False)) as file:
+        file.forget_cache()
 
 
 def copy(tree: Path, folder: Path) -> Figures:

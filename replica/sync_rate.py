@@ -235,16 +235,17 @@ class FeedbackRate:
             self._next_s = now_s + max(0.0, pause_s)
 
     def _watch_queue(self, length: int, now_s: float) -> None:
-        queued_s = min(self._delays_s) - self._least_delay_s
         if now_s < self._rest_ends_s:
             return  # that is of what was under way before
         if _lately(self._read_at_once_s, now_s):
             # One piece more in a round trip (RFC 6817), as one read waits for all of them.
-            step = max(-1.0, 1 - queued_s / READ_QUEUE_S) * length * length / max(self._own, length)
-            self._own = min(max(self._own + step, float(self._small_bytes)), float(self._most_bytes))
+            queue_s, gain, least = READ_QUEUE_S, length / max(self._own, length), self._small_bytes
         elif not self._small:
-            step = max(-1.0, 1 - queued_s / self._queue_s) * length
-            self._own = min(max(self._own + step, float(self._alone_bytes)), float(self._most_bytes))
+            queue_s, gain, least = self._queue_s, 1.0, self._alone_bytes
+        else:
+            return
+        off_target = max(-1.0, 1 - (min(self._delays_s) - self._least_delay_s) / queue_s)
+        self._own = min(max(self._own + off_target * gain * length, float(least)), float(self._most_bytes))
 
     def wrote(self, sent_s: float, now_s: float) -> None:
         self._timed(self._writes, sent_s, now_s)

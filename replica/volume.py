@@ -25,7 +25,7 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from nbdserver import extents
 from nbdserver.export import NO_ERRORS, WriteDone
@@ -51,12 +51,6 @@ _Answer = tuple[WriteDone, Mapping[int, int], int]
 
 #: A round is due after so many writes even if they are small: bounds the memory of `unsettled` (8 bytes each).
 _SETTLE_WRITES: Final = 1 << 16
-
-
-class Read(Protocol):
-    """How clients read: as of `nbdserver.export.Export`."""
-
-    def __call__(self, offset: int, length: int) -> Coroutine[Any, Any, bytes]: ...
 
 
 @dataclass(frozen=True)
@@ -136,7 +130,7 @@ class Volume:
         self.store = store
         # Reads need nothing of the volume.
         self.read_now: Callable[[int, int], bytes | None] = store.read_now
-        self.read: Read = store.read
+        self.read: Callable[[int, int], Coroutine[Any, Any, bytes]] = store.read
         self.prefetch = store.prefetch
 
     # ── what the node is doing ───────────────────────────────────────────────────────────────────────────────

@@ -338,13 +338,13 @@ class End(asyncio.Transport):
     def _receive(self, data: bytes) -> None:
         at = 0
         while at < len(data):
-            if not self._reading and not self._closing and not self.gone:
-                self._unread.insert(0, data[at:])
-                return
             if self._closing or self.gone:
                 # Unread data at a closed socket: the other end is reset.
                 self.gone = True
                 self._reset_peer()
+                return
+            if not self._reading:
+                self._unread.insert(0, data[at:])
                 return
             protocol = self._protocol
             if not hasattr(protocol, "get_buffer"):
