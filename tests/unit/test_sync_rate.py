@@ -221,7 +221,7 @@ def test_a_fixed_rate_has_a_window_too() -> None:
 def test_what_reads_take_anyway_does_not_count_as_slowed_down() -> None:
     """A disk has no two reads alike: of these, nine of ten take 250 µs at most, and more than half not half of that."""
     pace, now_s = feedback(), 100.0
-    natural_s = [1e-4] * 12 + [2.5e-4] * 7 + [4e-4]
+    natural_s = [1e-4] * 12 + [2.5e-4] * 7 + [4.5e-4]
     for number in range(2000):
         now_s += 1e-3
         pace.read(now_s - natural_s[number * 7 % 20], now_s)
