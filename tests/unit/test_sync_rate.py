@@ -219,9 +219,9 @@ def test_a_fixed_rate_has_a_window_too() -> None:
 
 
 def test_what_reads_take_anyway_does_not_count_as_slowed_down() -> None:
-    """A disk has no two reads alike: of these, four in ten take 430 µs, and the others less than half of that."""
+    """A disk has no two reads alike: of these, four in ten take 490 µs, and the others less than half of that."""
     pace, now_s = feedback(), 100.0
-    natural_s = [1e-4] * 12 + [4.3e-4] * 8
+    natural_s = [1e-4] * 12 + [4.9e-4] * 8
     for number in range(2000):
         now_s += 1e-3
         pace.read(now_s - natural_s[number * 7 % 20], now_s)
